@@ -39,6 +39,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import resource
 import signal
@@ -57,10 +58,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
-import dataset  # type: ignore[import-untyped,unused-ignore]
+import aiohttp
+import dataset
 import msgspec
 import sqlalchemy as sa
 import structlog
+import websockets
 from aiohttp import WSCloseCode, WSMsgType, web
 from sqlalchemy.dialects.sqlite import insert as upsert_into
 
@@ -2835,6 +2838,333 @@ def _render_for_journal(logger: Any, name: str, event: structlog.typing.EventDic
 
 
 # ======================================================================================================================
+# Simulator
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPlan:
+    """What `amhrpd.py simulate` plays. Durations are seconds, `reconnect_rate` is power cuts a board and minute."""
+
+    url: str = "http://127.0.0.1:8000"
+    devices: int = 10
+    device_type: str = "ESP32"
+    heartbeat_interval_s: float = 5.0  # as the servo sketch (contract, section 1)
+    status_interval_s: float = 1.0
+    ack_delay_s: float = 0.0015  # as the servo sketch
+    failure_rate: float = 0.0
+    reconnect_rate: float = 0.0
+    commands: int = 10
+    duration_s: float = 30.0
+    api_token: str | None = None
+    device_token: str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Tally:
+    """What a fleet has done so far. Times in seconds."""
+
+    boards_up: int = 0
+    messages: int = 0
+    acks: int = 0
+    reconnects: int = 0
+    errors: int = 0
+    last_error: str = ""
+    post_s: list[float] = dataclasses.field(default_factory=list)
+    all_acked_s: list[float] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)
+
+    def fail(self, error: str) -> None:
+        """Count an error and remember what it was."""
+        self.errors += 1
+        self.last_error = error
+
+
+class SimulatedBoard:
+    """A board that behaves on the wire as the servo sketch of the contract's section 1 does."""
+
+    REBOOT_S = (0.5, 5.0)  # of a power cut, and of a lost connection: how soon the boards in the field are back
+    CONFIRM_TIMEOUT_S = 10.0
+
+    def __init__(self, plan: FleetPlan, run: str, number: int, tally: Tally, handshakes: asyncio.Semaphore) -> None:
+        self.device_id = f"sim_{number:04d}"
+        self.snapshots_sent = 0
+        self.unconfirmed: set[int] = set()  # snapshots that may have gone with the power
+        self.acked: dict[str, float] = {}  # command_id -> when the ack was sent (monotonic)
+        self._plan = plan
+        self._run = run
+        self._tally = tally
+        self._handshakes = handshakes
+        self._first_of_connection = 0
+
+    async def live(self, stop: asyncio.Event, acked: asyncio.Event) -> None:
+        """Connect, work, lose power, come back, until `stop`; `acked` is set with every ack sent."""
+        while not stop.is_set():
+            try:
+                await self._connect_and_work(stop, acked)
+            except (OSError, TimeoutError, websockets.exceptions.WebSocketException) as error:
+                self._tally.fail(f"{self.device_id}: {error or type(error).__name__}")
+            if not stop.is_set():
+                self._tally.reconnects += 1
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(random.uniform(*self.REBOOT_S)):
+                        await stop.wait()
+
+    async def _connect_and_work(self, stop: asyncio.Event, acked: asyncio.Event) -> None:
+        credentials = base64.b64encode(f"board:{self._plan.device_token}".encode()).decode()
+        async with self._handshakes:
+            socket_ = await websockets.connect(
+                f"{self._plan.url.replace('http', 'ws', 1)}/ws/{self.device_id}",
+                origin=websockets.Origin("file://"),
+                subprotocols=[websockets.Subprotocol("arduino")],
+                user_agent_header="arduino-WebSocket-Client",
+                additional_headers={"Authorization": f"Basic {credentials}"} if self._plan.device_token else {},
+                compression=None,
+                ping_interval=None,
+                max_size=MAX_COMMAND_FRAME_BYTES,
+                close_timeout=5,
+                proxy=None,
+            )
+        self._first_of_connection = self.snapshots_sent
+        self._tally.boards_up += 1
+        try:
+            metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
+            await self._send(
+                socket_, {"message_type": "registration", "device_type": self._plan.device_type, "metadata": metadata}
+            )
+            rate = self._plan.reconnect_rate / 60
+            work = [
+                asyncio.create_task(self._heartbeat(socket_)),
+                asyncio.create_task(self._report(socket_)),
+                asyncio.create_task(self._answer(socket_, acked)),
+                asyncio.create_task(stop.wait()),
+                asyncio.create_task(asyncio.sleep(random.expovariate(rate) if rate else 1e9)),
+            ]
+            done, rest = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            # The board still answers while it makes sure that what it sent has arrived.
+            for task in (work[0], work[1]):
+                task.cancel()
+            if not work[2].done():
+                await self._confirm(socket_)
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+            if stop.is_set():
+                await socket_.close()
+            for task in done:
+                task.result()
+        finally:
+            self._tally.boards_up -= 1
+            socket_.transport.abort()
+
+    async def _confirm(self, socket_: websockets.ClientConnection) -> None:
+        """A pong tells that the gateway has handled all that was sent before the ping."""
+        try:
+            async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
+                await (await socket_.ping())
+        except (TimeoutError, websockets.exceptions.ConnectionClosed):
+            self.unconfirmed.update(range(self._first_of_connection, self.snapshots_sent))
+
+    async def _send(self, socket_: websockets.ClientConnection, message: dict[str, object]) -> None:
+        await socket_.send(to_json(message))
+        self._tally.messages += 1
+
+    async def _heartbeat(self, socket_: websockets.ClientConnection) -> None:
+        while True:
+            await self._send(socket_, {"message_type": "heartbeat", "device_type": self._plan.device_type})
+            await asyncio.sleep(self._plan.heartbeat_interval_s)
+
+    async def _report(self, socket_: websockets.ClientConnection) -> None:
+        await asyncio.sleep(random.random() * self._plan.status_interval_s)
+        while True:
+            sequence = self.snapshots_sent
+            self.snapshots_sent += 1
+            payload = {"run": self._run, "seq": sequence, "temperature": 25.3, "humidity": 45.2, "battery": 87, "rssi": -50}
+            await self._send(socket_, {"message_type": "status", "payload": payload})
+            await asyncio.sleep(self._plan.status_interval_s)
+
+    async def _answer(self, socket_: websockets.ClientConnection, acked: asyncio.Event) -> None:
+        async for frame in socket_:
+            message = json.loads(frame)
+            if message["message_type"] == "error":
+                self._tally.fail(f"{self.device_id}: {message['error_code']}: {message['error_message']}")
+            elif message["message_type"] == "command":
+                await asyncio.sleep(self._plan.ack_delay_s)
+                status = "failure" if random.random() < self._plan.failure_rate else "success"
+                ack = {"message_type": "command_ack", "device_type": self._plan.device_type}
+                await self._send(socket_, ack | {"command_id": message["command_id"], "status": status})
+                self.acked[message["command_id"]] = time.monotonic()
+                self._tally.acks += 1
+                acked.set()
+
+
+class Fleet:
+    """All boards of a plan, the caller who sends commands, and the auditor who asks the gateway what it has kept."""
+
+    FIRST_BOARDS_TIMEOUT_S = 30.0
+    ALL_ACKED_TIMEOUT_S = 10.0
+    HANDSHAKES_AT_ONCE = 50
+    LIVE_LINE_INTERVAL_S = 0.5
+
+    def __init__(self, plan: FleetPlan) -> None:
+        self.tally = Tally()
+        self._plan = plan
+        self._run = uuid.uuid4().hex[:8]
+        handshakes = asyncio.Semaphore(self.HANDSHAKES_AT_ONCE)
+        self._boards = [SimulatedBoard(plan, self._run, n, self.tally, handshakes) for n in range(1, plan.devices + 1)]
+        self._acked = asyncio.Event()
+        self._commands: list[tuple[str, int]] = []  # command_id, boards targeted
+
+    async def play(self, stop: asyncio.Event) -> int:
+        """Play the plan (less, when `stop` is set), print the table. Returns the exit code: 1 if anything is missing."""
+        headers = {"Authorization": f"Bearer {self._plan.api_token}"} if self._plan.api_token else {}
+        timeout = aiohttp.ClientTimeout(total=60)
+        async with aiohttp.ClientSession(self._plan.url, headers=headers, timeout=timeout) as session:
+            try:
+                await self._ask(session, "/devices?device_type=none")
+            except (OSError, aiohttp.ClientError, TimeoutError, LookupError) as error:
+                print(f"amhrpd simulate: no gateway at {self._plan.url}: {error}", file=sys.stderr)
+                return 1
+            boards_stop = asyncio.Event()
+            began_s = time.monotonic()
+            boards = [asyncio.create_task(board.live(boards_stop, self._acked)) for board in self._boards]
+            screen = asyncio.create_task(self._show_progress(began_s))
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._plan.duration_s):
+                        caller = asyncio.create_task(self._send_commands(session))
+                        await stop.wait()
+                caller.cancel()
+                await asyncio.gather(caller, return_exceptions=True)
+                worked_s = time.monotonic() - began_s
+                boards_stop.set()
+                await asyncio.gather(*boards)
+            finally:
+                screen.cancel()
+                await asyncio.gather(screen, return_exceptions=True)
+            print("asking the gateway what it has kept …", file=sys.stderr)
+            snapshots_found = await self._audit_snapshots(session)
+            await self._audit_commands(session)
+        self._print_table(worked_s, snapshots_found)
+        return 1 if self.tally.missing else 0
+
+    async def _send_commands(self, session: aiohttp.ClientSession) -> None:
+        deadline_s = time.monotonic() + self.FIRST_BOARDS_TIMEOUT_S
+        while self.tally.boards_up < self._plan.devices and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.1)
+        pause_s = max(0.0, self._plan.duration_s - 2 * self.ALL_ACKED_TIMEOUT_S) / max(1, self._plan.commands)
+        for number in range(self._plan.commands):
+            began_s = time.monotonic()
+            body = {"device_type": self._plan.device_type, "command_name": "blink", "payload": {"count": number}}
+            try:
+                async with session.post("/command", json=body) as response:
+                    answer = await response.json()
+                    response.raise_for_status()
+            except (OSError, aiohttp.ClientError, TimeoutError) as error:
+                self.tally.fail(f"POST /command: {error or type(error).__name__}")
+                self.tally.missing.append(f"command {number + 1} was not taken")
+                continue
+            self.tally.post_s.append(time.monotonic() - began_s)
+            command_id, targets = answer["command_id"], answer["target_device_count"]
+            self._commands.append((command_id, targets))
+            await self._wait_for_acks(command_id, targets, began_s)
+            await asyncio.sleep(max(0.0, began_s + pause_s - time.monotonic()))
+
+    async def _wait_for_acks(self, command_id: str, targets: int, began_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.ALL_ACKED_TIMEOUT_S):
+                while True:
+                    self._acked.clear()
+                    times_s = [board.acked[command_id] for board in self._boards if command_id in board.acked]
+                    if len(times_s) >= targets:
+                        self.tally.all_acked_s.append(max(times_s, default=began_s) - began_s)
+                        return
+                    await self._acked.wait()
+
+    async def _audit_snapshots(self, session: aiohttp.ClientSession) -> int:
+        """Compare what every board sent with its history. Returns how many snapshots of this run were found."""
+        found = 0
+        for board in self._boards:
+            kept: set[int] = set()
+            before = ""
+            while True:
+                states = (await self._ask(session, f"/state-history/{board.device_id}?limit=1000{before}", "states")) or []
+                ours = [s["state_data"]["seq"] for s in states if s["state_data"].get("run") == self._run]
+                kept.update(ours)
+                if not ours or len(states) < 1000:
+                    break
+                before = f"&before_id={states[-1]['id']}"
+            found += len(kept)
+            if lost := set(range(board.snapshots_sent)) - kept - board.unconfirmed:
+                self.tally.missing.append(f"{board.device_id}: {len(lost)} of {board.snapshots_sent} snapshots")
+        return found
+
+    async def _audit_commands(self, session: aiohttp.ClientSession) -> None:
+        """Compare the acks that the boards sent with the command log."""
+        for command_id, targets in self._commands:
+            answers = await self._ask(session, f"/command-logs/{command_id}", "response_data") or {}
+            acked = {board.device_id for board in self._boards if command_id in board.acked}
+            if lost := acked - answers.keys():
+                self.tally.missing.append(f"command {command_id}: {len(lost)} acks")
+            if len(acked) < targets and not self._plan.reconnect_rate:
+                self.tally.missing.append(f"command {command_id}: {targets - len(acked)} of {targets} boards never got it")
+
+    async def _ask(self, session: aiohttp.ClientSession, path: str, key: str | None = None) -> Any:
+        async with session.get(path) as response:
+            answer = await response.json()
+            if response.status == 404:
+                return None
+            if response.status != 200:
+                raise LookupError(answer.get("error", response.reason))
+            return answer if key is None else answer[key]
+
+    async def _show_progress(self, began_s: float) -> NoReturn:
+        """One live line on a terminal, else a line every ten seconds."""
+        is_terminal = sys.stderr.isatty()
+        try:
+            while True:
+                tally = self.tally
+                line = (
+                    f"{time.monotonic() - began_s:5.0f} s  boards up {tally.boards_up}/{self._plan.devices}  "
+                    f"messages {tally.messages}  acks {tally.acks}  errors {tally.errors}"
+                )
+                print(f"\r{line}" if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
+                await asyncio.sleep(self.LIVE_LINE_INTERVAL_S if is_terminal else 10.0)
+        finally:
+            if is_terminal:
+                print(file=sys.stderr)
+
+    def _print_table(self, worked_s: float, snapshots_found: int) -> None:
+        tally = self.tally
+        sent = sum(board.snapshots_sent for board in self._boards)
+        unconfirmed = sum(len(board.unconfirmed) for board in self._boards)
+        rows = [
+            ("boards", f"{self._plan.devices} of type {self._plan.device_type}, {worked_s:.1f} s"),
+            ("messages sent", f"{tally.messages}, {tally.messages / worked_s:.0f} a second"),
+            ("acks sent", str(tally.acks)),
+            ("POST /command", _percentiles(tally.post_s)),
+            ("all boards acked", _percentiles(tally.all_acked_s)),
+            ("reconnects", str(tally.reconnects)),
+            ("errors", f"{tally.errors}" + (f" (the last: {tally.last_error})" if tally.errors else "")),
+            ("snapshots", f"{sent} sent, {snapshots_found} in the history, {unconfirmed} under way at a power cut"),
+            ("missing", "nothing" if not tally.missing else f"{len(tally.missing)} things"),
+        ]
+        for name, text in rows:
+            print(f"{name:<18}{text}")
+        for text in tally.missing[:20]:
+            print(f"  missing: {text}")
+
+
+def _percentiles(times_s: list[float]) -> str:
+    """Nearest-rank percentiles in milliseconds."""
+    if not times_s:
+        return "none"
+    ordered = sorted(times_s)
+    p50, p95, p99 = (ordered[max(0, math.ceil(len(ordered) * share) - 1)] * 1000 for share in (0.5, 0.95, 0.99))
+    return f"{len(ordered)} times, p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms"
+
+
+# ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
@@ -2842,30 +3172,41 @@ def _render_for_journal(logger: Any, name: str, event: structlog.typing.EventDic
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for. Returns the exit code: 0, 1 for a failure, 2 for a bad setting."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    flags = vars(_serve_parser().parse_args(words[1:] if words[:1] == ["serve"] else words))
+    _raise_file_limit()
     try:
-        settings = Settings.load(flags, os.environ)
+        if words[:1] == ["simulate"]:
+            return _simulate(words[1:])
+        return _serve(words[1:] if words[:1] == ["serve"] else words)
     except ConfigError as error:
         print(f"amhrpd: {error}", file=sys.stderr)
         return 2
-    configure_logging(settings.log_level, settings.log_format)
-    known = {option.variable for option in OPTIONS}
-    for name in sorted(os.environ):
-        if name.startswith("AMHRPD_") and name not in known:
-            log.warning("unknown_setting", variable=name)
-    _raise_file_limit()
-    try:
-        return asyncio.run(_serve_until_signal(settings))
     except StartError as error:
         print(f"amhrpd: {error}", file=sys.stderr)
         return 1
 
 
-async def _serve_until_signal(settings: Settings) -> int:
+def _serve(words: Sequence[str]) -> int:
+    settings = Settings.load(vars(_serve_parser().parse_args(words)), os.environ)
+    configure_logging(settings.log_level, settings.log_format)
+    known = {option.variable for option in OPTIONS}
+    for name in sorted(os.environ):
+        if name.startswith("AMHRPD_") and name not in known:
+            log.warning("unknown_setting", variable=name)
+    return asyncio.run(_until_signal(functools.partial(serve, settings)))
+
+
+def _simulate(words: Sequence[str]) -> int:
+    values = vars(_simulate_parser().parse_args(words))
+    plan = FleetPlan(**{name: value for name, value in values.items() if value is not None})
+    return asyncio.run(_until_signal(lambda stop: Fleet(plan).play(stop)))
+
+
+async def _until_signal(run: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    """Run something that ends early, and in order, when SIGTERM or SIGINT sets its event."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return await serve(settings, stop)
+    return await run(stop)
 
 
 def _raise_file_limit() -> None:
@@ -2894,6 +3235,56 @@ def _serve_parser() -> argparse.ArgumentParser:
             text = f"{option.help} [{option.variable}" + (f", {shown}]" if default not in (None, frozenset()) else "]")
             parser.add_argument(option.flag, dest=option.field, metavar=option.metavar, help=text.replace("%", "%%"))
     return parser
+
+
+def _simulate_parser() -> argparse.ArgumentParser:
+    plan = FleetPlan()
+    parser = argparse.ArgumentParser(
+        prog="amhrpd.py simulate",
+        description="Play a fleet of boards against a running gateway, then ask it whether all that they sent was kept. "
+        "Exit code 1 if anything is missing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(flag: str, field: str, parse: Callable[[str], Any], metavar: str, text: str) -> None:
+        parser.add_argument(flag, dest=field, type=_argument(parse), metavar=metavar, help=text, default=getattr(plan, field))
+
+    add("--url", "url", _http_url, "URL", "the gateway")
+    add("--devices", "devices", _integer(1, 9999), "N", "how many boards")
+    add("--device-type", "device_type", str, "TYPE", "their type")
+    add("--heartbeat-interval", "heartbeat_interval_s", _number(0.01, 3600), "S", "seconds between a board's heartbeats")
+    add("--status-interval", "status_interval_s", _number(0, 3600), "S", "seconds between a board's snapshots; 0: no pause")
+    add("--ack-delay", "ack_delay_s", _number(0, 300), "S", "seconds that a board takes to answer a command")
+    add("--failure-rate", "failure_rate", _number(0, 1), "P", "share of commands answered with a failure")
+    add("--reconnect-rate", "reconnect_rate", _number(0, 600), "N", "power cuts a board and minute, at random")
+    add("--commands", "commands", _integer(0, 1_000_000), "N", "how many commands to send to all boards, one after the other")
+    add("--duration", "duration_s", _number(1, 86400), "S", "seconds")
+    for kind in ("api", "device"):
+        variable = f"AMHRPD_{kind.upper()}_TOKEN"
+        text = f"token, better given as the variable {variable}"
+        # The variable's value must not be shown as a default.
+        parser.add_argument(f"--{kind}-token", metavar="TOKEN", help=text, default=argparse.SUPPRESS)
+        if os.environ.get(variable):
+            parser.set_defaults(**{f"{kind}_token": os.environ[variable]})
+    return parser
+
+
+def _http_url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s]+/?", text):
+        raise ValueError("it must be http://host:port or https://host:port")
+    return text.rstrip("/")
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of settings as one of argparse's, which shows a text only of its own kind of error."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+    return parse_argument
 
 
 if __name__ == "__main__":
