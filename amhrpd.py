@@ -1621,7 +1621,7 @@ class Command:
     payload: JsonText
     timeout_s: float
     target_device_count: int
-    created_at: datetime = dataclasses.field(default_factory=utc_now)
+    created_at: datetime
     command_id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     status: str = CREATED
     executed_at: datetime | None = None
@@ -2047,6 +2047,7 @@ class Gateway:
             payload=to_json(request.payload or {}),
             timeout_s=float(request.timeout or self._settings.command_timeout_s),
             target_device_count=len(targets),
+            created_at=utc_now(),
         )
         frame = command.frame()
         if (size_bytes := len(frame.encode())) > MAX_COMMAND_FRAME_BYTES:

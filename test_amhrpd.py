@@ -831,16 +831,14 @@ async def test_open_commands_are_open_again_after_a_restart(database: Path) -> N
 @in_a_loop
 async def test_commands_over_what_a_board_takes_are_refused(database: Path) -> None:
     async with gateway_on(database) as client, client.board("servo_1", max_size=15360) as board:
-        room = 15360 - len(
-            amhrpd.Command(
-                device_type="ESP32", command_name="x", payload='{"t":""}', timeout_s=30.0, target_device_count=1
-            ).frame()
-        )
+        await client.post("/command", {"device_type": "ESP32", "command_name": "x", "payload": {"t": ""}})
+        frame = await board.recv()
+        room = 15360 - len(frame)
         await client.post("/command", {"device_type": "ESP32", "command_name": "x", "payload": {"t": "x" * room}})
         assert len((await hear(board, "command"))["payload"]["t"]) == room
         too_long = {"device_type": "ESP32", "command_name": "x", "payload": {"t": "x" * (room + 1)}}
         assert (await client.post("/command", too_long, 413))["error_code"] == "PAYLOAD_TOO_LARGE"
-        assert (await client.get("/command-logs"))["total"] == 1
+        assert (await client.get("/command-logs"))["total"] == 2
 
 
 @in_a_loop
@@ -998,3 +996,1011 @@ async def test_a_stop_says_1001_and_a_restart_knows_everything(database: Path) -
         assert await client.events("esp32_001") == ["connected", "disconnected"]
         ended = (await client.get("/device-connection-history/esp32_001"))["events"][0]
         assert ended["details"]["code"] == 1001
+
+
+# ======================================================================================================================
+# Contract, section 6: REST
+# ======================================================================================================================
+
+ROUTES = [
+    ("/health", 200),
+    ("/devices", 200),
+    ("/devices/a", 200),
+    ("/state-history/a", 200),
+    ("/command-logs", 200),
+    ("/device-connection-history/a", 200),
+    ("/devices/never", 404),
+    ("/state-history/never", 404),
+    ("/device-connection-history/never", 404),
+    ("/command-logs/never", 404),
+    ("/nothing", 404),
+    ("/", 404),
+]
+
+
+@in_a_loop
+async def test_every_route_is_there_twice_and_every_error_has_one_shape(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        for prefix in ("", "/api"):
+            for path, status in ROUTES:
+                answer = await client.get(prefix + path, status)
+                if status != 200:
+                    assert set(answer) == {"error", "error_code"}
+                    assert answer["error_code"].endswith("NOT_FOUND")
+            for method, path in (("PUT", "/devices"), ("GET", "/command"), ("DELETE", "/command-logs"), ("POST", "/health")):
+                status, answer = await client.ask(method, prefix + path)
+                assert (status, answer["error_code"], set(answer)) == (405, "METHOD_NOT_ALLOWED", {"error", "error_code"})
+            await client.post(f"{prefix}/command?device_type=none&command_name=x")
+        async with (
+            await connect(client.port, "b"),
+            await websockets.connect(f"ws://127.0.0.1:{client.port}/api/ws/b", proxy=None) as b,
+        ):
+            await b.send(REGISTRATION)
+            await eventually(lambda: client.is_online("b"))
+
+
+@in_a_loop
+async def test_health_says_what_the_contract_says(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"), client.board("b"):
+        health = await client.get("/health")
+        assert (health["status"], health["app"], health["version"]) == ("ok", "AMHR-PD", amhrpd.VERSION)
+        assert (health["devices_online"], health["devices_total"], health["database"]) == (2, 2, "ok")
+        assert TIME.fullmatch(health["timestamp"])
+        assert 0 < health["uptime_seconds"] < 60
+
+
+@in_a_loop
+async def test_device_record_is_the_seeds(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("esp32_001"):
+        device = await client.get("/devices/esp32_001")
+        assert {name: type(value) for name, value in device.items()} == {
+            **dict.fromkeys(("device_id", "device_type", "last_heartbeat", "connected_at"), str),
+            "is_online": bool,
+            "disconnected_at": type(None),
+            "metadata_json": dict,
+            "metadata": dict,
+            "state": type(None),
+            "state_timestamp": type(None),
+        }
+        assert TIME.fullmatch(device["last_heartbeat"])
+        assert TIME.fullmatch(device["connected_at"])
+        assert await client.get("/devices") == {"total": 1, "devices": [await client.get("/devices/esp32_001")]}
+
+
+@in_a_loop
+async def test_devices_are_filtered_by_type_exactly_and_by_state(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a", "ESP32"), client.board("b", "esp32"):
+        async with client.board("c", "ESP32"):
+            pass
+        await eventually(lambda: not_online(client, "c"))
+        for query, expected in {
+            "": "abc",
+            "?device_type=ESP32": "ac",
+            "?device_type=esp32": "b",
+            "?device_type=ESP": "",
+            "?online=true": "ab",
+            "?online=false": "c",
+            "?device_type=ESP32&online=true": "a",
+        }.items():
+            answer = await client.get(f"/devices{query}")
+            assert "".join(device["device_id"] for device in answer["devices"]) == expected
+            assert answer["total"] == len(expected)
+
+
+@in_a_loop
+async def test_wrong_parameters_are_named(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        for path, culprit in {
+            "/devices?device_typ=ESP32": "device_typ",
+            "/devices?online=yes": "online",
+            "/devices?online=true&online=true": "online",
+            "/devices/a?limit=1": "limit",
+            "/health?x=": "x",
+            "/state-history/a?limit=0": "limit",
+            "/state-history/a?limit=1001": "limit",
+            "/state-history/a?limit=ten": "limit",
+            "/state-history/a?since=yesterday": "since",
+            "/state-history/a?until=2026-13-01": "until",
+            "/state-history/a?before_id=-1": "before_id",
+            "/state-history/a?before_id=99999999999999999999": "before_id",
+            "/state-history/a?event=connected": "event",
+            "/command-logs?status=acked": "status",
+            "/command-logs?before_id=1": "before_id",
+            "/device-connection-history/a?event=online": "event",
+        }.items():
+            answer = await client.get(path, 400)
+            assert answer["error_code"] == "INVALID_FIELD_VALUE"
+            assert culprit in answer["error"], answer
+
+
+@in_a_loop
+async def test_both_forms_of_a_command_and_all_ways_to_get_it_wrong(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        good: list[tuple[str, Any]] = [
+            ("?device_type=ESP32&command_name=blink", {"count": 5}),
+            ("?device_id=a&command_name=blink", {"count": 5}),
+            ("?device_id=a&command_name=blink&timeout=7.5&wait=0", {"count": 5}),
+            ("?device_type=ESP32&command_name=blink&payload=%7B%22count%22%3A5%7D", None),
+            ("", {"device_type": "ESP32", "command_name": "blink", "payload": {"count": 5}}),
+            ("?timeout=7", {"device_id": "a", "device_type": "ESP32", "command_name": "blink", "payload": {"count": 5}}),
+        ]
+        for query, body in good:
+            for headers in ({"Content-Type": "application/x-www-form-urlencoded"}, {"Content-Type": "application/json"}):
+                answer = await client.post(f"/command{query}", body, headers=headers)
+                assert answer["payload"] == {"count": 5}
+                assert (await hear(board, "command"))["payload"] == {"count": 5}
+        assert (await client.post("/command?device_type=ESP32&command_name=blink"))["payload"] == {}
+        bad: list[tuple[str, Any, str, str]] = [
+            ("", None, "MISSING_REQUIRED_FIELD", "command_name"),
+            ("", {"command_name": "x"}, "MISSING_REQUIRED_FIELD", "device_type"),
+            ("", [], "INVALID_MESSAGE", "object"),
+            ("", b"{", "INVALID_MESSAGE", "JSON"),
+            ("", b'{"device_type":"a","command_name":"x","payload":{"v":NaN}}', "INVALID_MESSAGE", "JSON"),
+            ("", b"\xff\xfe", "INVALID_MESSAGE", ""),
+            ("", {"device_type": "a", "command_name": None}, "INVALID_FIELD_TYPE", "command_name"),
+            ("", {"device_type": "a", "command_name": ""}, "INVALID_FIELD_VALUE", "command_name"),
+            ("", {"device_type": "a", "command_name": 5}, "INVALID_FIELD_TYPE", "command_name"),
+            ("", {"device_type": "a", "command_name": "x" * 256}, "INVALID_FIELD_VALUE", "command_name"),
+            ("", {"device_type": "x" * 51, "command_name": "x"}, "INVALID_FIELD_VALUE", "device_type"),
+            ("", {"device_id": "a b", "command_name": "x"}, "INVALID_FIELD_VALUE", "device_id"),
+            ("", {"device_type": "a", "command_name": "x", "payload": 5}, "INVALID_FIELD_TYPE", "payload"),
+            ("", {"device_type": "a", "command_name": "x", "timeout": 0}, "INVALID_FIELD_VALUE", "timeout"),
+            ("", {"device_type": "a", "command_name": "x", "timeout": 301}, "INVALID_FIELD_VALUE", "timeout"),
+            ("", {"device_type": "a", "command_name": "x", "wait": 61}, "INVALID_FIELD_VALUE", "wait"),
+            ("", {"device_type": "a", "command_name": "x", "timout": 5}, "INVALID_FIELD_VALUE", "timout"),
+            ("?device_type=a&command_name=x&wait=soon", None, "INVALID_FIELD_TYPE", "wait"),
+            ("?device_type=a&command_name=x", [1], "INVALID_FIELD_TYPE", "payload"),
+            ("?device_type=a&command_name=x&payload=%7B%7D", {}, "INVALID_FIELD_VALUE", "payload"),
+            ("?device_type=a", {"device_type": "b", "command_name": "x"}, "INVALID_FIELD_VALUE", "device_type"),
+            ("?device_type=a&device_type=b&command_name=x", None, "INVALID_FIELD_VALUE", "device_type"),
+            ("?device_type=a&command_name=x&retries=1", None, "INVALID_FIELD_VALUE", "retries"),
+        ]
+        logs_before = (await client.get("/command-logs?limit=1000"))["total"]
+        for query, body, code, text in bad:
+            answer = await client.post(f"/command{query}", body, 400)
+            assert answer["error_code"] == code, (query, body, answer)
+            assert text in answer["error"], answer
+        assert (await client.get("/command-logs?limit=1000"))["total"] == logs_before
+
+
+@in_a_loop
+async def test_history_is_newest_first_by_what_happened_last(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rows share a microsecond, and where the clock jumps back (a Pi without a clock battery)."""
+    start = datetime(2026, 1, 24, 10, 30, 45, 123456)
+    jumps = [0, 0, 0, 3600, -86400 * 365, -86400 * 365, 5]
+    async with gateway_on(database) as client, client.board("a") as board:
+        for number, jump in enumerate(jumps):
+            monkeypatch.setattr(amhrpd, "utc_now", lambda jump=jump: start + timedelta(seconds=jump))
+            await say(board, "status", payload={"n": number})
+            await eventually(lambda number=number: state_is(client, "a", {"n": number}))  # type: ignore[misc]
+            await client.post("/command?device_type=none&command_name=x", {"n": number})
+        numbers = [len(jumps) - 1 - n for n in range(len(jumps))]
+        states = (await client.get("/state-history/a"))["states"]
+        assert [state["state_data"]["n"] for state in states] == numbers
+        assert states[-1]["timestamp"] == "2026-01-24T10:30:45.123456"
+        assert [row["payload"]["n"] for row in (await client.get("/command-logs"))["logs"]] == numbers
+
+        async def found(**query: str) -> list[int]:
+            return [s["state_data"]["n"] for s in (await client.get("/state-history/a", params=query))["states"]]
+
+        assert await found(limit="2") == [6, 5]
+        assert await found(limit="2", before_id=str(states[1]["id"])) == [4, 3]
+        assert await found(since="2026-01-24T10:30:45.123457") == [6, 3]
+        assert await found(since="2026-01-24T10:30:45.123456", until="2026-01-24T10:30:45.123456") == [2, 1, 0]
+        assert await found(since="2026-01-24T11:30:45.123457+01:00") == [6, 3]
+        assert await found(since="2026-01-24T11:30:45.123457 01:00") == [6, 3]  # a + that nobody escaped
+        assert await found(since="2026-01-24T10:30:46Z") == [6, 3]
+        assert await found(until="2025-12-31") == [5, 4]
+        logs = await client.get("/command-logs?since=2026-01-24T10:30:46&until=2026-01-24T10:30:51")
+        assert [row["payload"]["n"] for row in logs["logs"]] == [6]
+
+
+@in_a_loop
+async def test_clock_jumps_disturb_no_timeout(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_time, real_now = time.time, amhrpd.utc_now
+    async with gateway_on(database, heartbeat_timeout_s=5) as client, client.board("a") as board:
+        await say(board, "heartbeat")
+        answer = await client.post("/command", {"device_type": "ESP32", "command_name": "x", "timeout": 300})
+        for days in (400, -400):
+            monkeypatch.setattr(time, "time", lambda days=days: real_time() + 86400 * days)
+            monkeypatch.setattr(amhrpd, "utc_now", lambda days=days: real_now() + timedelta(days=days))
+            client.gateway.sweep()
+            await say(board, "status", payload={"days": days})
+            await eventually(lambda days=days: state_is(client, "a", {"days": days}))  # type: ignore[misc]
+        assert await client.is_online("a")
+        await row_has(client, f"/command-logs/{answer['command_id']}", status="sent")
+        assert (await client.get("/health"))["uptime_seconds"] < 60
+
+
+@in_a_loop
+async def test_command_logs_are_filtered_by_both_at_once(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a", "A") as a, client.board("b", "B") as b:
+        async with background(answer_commands(a), answer_commands(b, "failure")):
+            for device_type in "ABAC":
+                await client.post(f"/command?device_type={device_type}&command_name=x&wait=5")
+        for query, expected in {
+            "": "CABA",
+            "?status=ack_success": "AA",
+            "?device_type=B": "B",
+            "?device_type=A&status=ack_success": "AA",
+            "?device_type=A&status=ack_error": "",
+            "?status=no_devices&limit=5": "C",
+            "?limit=2": "CA",
+        }.items():
+            answer = await client.get(f"/command-logs{query}")
+            assert "".join(row["device_type"] for row in answer["logs"]) == expected, query
+            assert answer["total"] == len(expected)
+
+
+@in_a_loop
+async def test_reads_see_what_was_answered_before(database: Path) -> None:
+    async with gateway_on(database, commit_interval_s=3600) as client, client.board("a") as board:
+        for number in range(1, 51):
+            await say(board, "status", payload={"n": number})
+            await eventually(lambda number=number: state_is(client, "a", {"n": number}))  # type: ignore[misc]
+            assert (await client.get("/state-history/a"))["total"] == number
+
+
+# ======================================================================================================================
+# Contract, section 7: the database
+# ======================================================================================================================
+
+
+def make_legacy_database(path: Path) -> None:
+    """A file as the earlier backend left it: its DDL and indexes, journal mode delete, and what its crashes left over."""
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.executescript(
+            """
+            CREATE TABLE devices (device_id VARCHAR(255) NOT NULL, device_type VARCHAR(50), is_online BOOLEAN,
+              last_heartbeat DATETIME, connected_at DATETIME, disconnected_at DATETIME, metadata_json JSON,
+              PRIMARY KEY (device_id));
+            CREATE INDEX ix_devices_device_id ON devices (device_id);
+            CREATE INDEX ix_devices_is_online ON devices (is_online);
+            CREATE TABLE device_state_snapshots (id INTEGER NOT NULL, device_id VARCHAR(255), device_type VARCHAR(50),
+              state_data JSON, timestamp DATETIME, PRIMARY KEY (id), FOREIGN KEY(device_id) REFERENCES devices (device_id));
+            CREATE INDEX ix_device_state_snapshots_device_id ON device_state_snapshots (device_id);
+            CREATE INDEX ix_device_state_snapshots_timestamp ON device_state_snapshots (timestamp);
+            CREATE TABLE command_logs (command_id VARCHAR(255) NOT NULL, device_type VARCHAR(50), command_name VARCHAR(255),
+              payload JSON, status VARCHAR(50), created_at DATETIME, executed_at DATETIME, completed_at DATETIME,
+              response_data JSON, target_device_count INTEGER, success_count INTEGER, PRIMARY KEY (command_id));
+            CREATE INDEX ix_command_logs_status ON command_logs (status);
+            CREATE INDEX my_own_index ON command_logs (command_name);
+            CREATE TABLE device_connection_logs (id INTEGER NOT NULL, device_id VARCHAR(255), device_type VARCHAR(50),
+              event VARCHAR(50), timestamp DATETIME, details JSON, PRIMARY KEY (id),
+              FOREIGN KEY(device_id) REFERENCES devices (device_id));
+            """
+        )
+        t = "2025-06-01 10:30:45.123456"
+        db.executemany(
+            "INSERT INTO devices VALUES (?,?,?,?,?,?,?)",
+            [
+                ("left_online", "ESP32-CAM", 1, t, t, None, '{"fw": "1", "nan": NaN}'),
+                ("offline", "esp32s3cam", 0, None, t, t, "{}"),
+                ("odd", "Esp32", 0, t, t, None, None),
+            ],
+        )
+        states = ['{"a": 1}', '{"v": NaN, "w": Infinity, "x": 1e999}', '{"s": "\\ud800"}', "not json", "null"]
+        db.executemany(
+            "INSERT INTO device_state_snapshots (device_id, device_type, state_data, timestamp) VALUES (?,?,?,?)",
+            [("left_online", "ESP32-CAM", state, t) for state in states],
+        )
+        db.executemany(
+            "INSERT INTO command_logs VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+            [
+                ("old-created", "ESP32", "reboot", "{}", "created", t, None, None, None, 2, 0),
+                ("old-success", "ESP32", "reboot", "{}", "ack_success", t, t, t, '{"status": "success"}', 2, 1),
+                ("young-sent", "ESP32-CAM", "go", "{}", "sent", str(amhrpd.utc_now()), t, None, "null", 1, 0),
+            ],
+        )
+        db.executemany(
+            "INSERT INTO device_connection_logs (device_id, device_type, event, timestamp, details) VALUES (?,?,?,?,?)",
+            [
+                ("left_online", "ESP32-CAM", "connected", t, None),
+                ("left_online", "ESP32-CAM", "connected", t, "null"),
+                ("offline", "esp32s3cam", "connected", t, "{}"),
+                ("offline", "esp32s3cam", "disconnected", t, '{"reason": "x"}'),
+            ],
+        )
+
+
+@in_a_loop
+async def test_database_of_the_earlier_backend_opens_goes_on_and_loses_nothing(database: Path) -> None:
+    make_legacy_database(database)
+    async with gateway_on(database) as client:
+        devices = {device["device_id"]: device for device in (await client.get("/devices"))["devices"]}
+        assert [device["is_online"] for device in devices.values()] == [False] * 3
+        assert devices["left_online"]["metadata"] == {"fw": "1", "nan": None}
+        assert devices["odd"]["metadata"] in ({}, None)
+        assert devices["offline"]["last_heartbeat"] is None
+        states = (await client.get("/state-history/left_online"))["states"]
+        assert [s["state_data"] for s in states] == [None, "not json", {"s": "?"}, {"v": None, "w": None, "x": None}, {"a": 1}]
+        events = (await client.get("/device-connection-history/left_online"))["events"]
+        assert [event["event"] for event in events] == ["disconnected", "connected", "connected"]
+        assert "reason" in events[0]["details"]
+        assert events[2]["details"] is None
+        assert await client.events("offline") == ["connected", "disconnected"]
+        assert (await client.get("/command-logs/old-created"))["status"] == "ack_timeout"
+        assert (await client.get("/command-logs/old-success"))["response_data"] == {"status": "success"}
+        async with client.board("left_online", "ESP32-CAM") as board:
+            await say(board, "command_ack", command_id="young-sent")
+            await say(board, "status", payload={"new": True})
+            await eventually(lambda: row_has(client, "/command-logs/young-sent", status="ack_success", success_count=1))
+            assert (await client.get("/state-history/left_online?limit=1"))["states"][0]["state_data"] == {"new": True}
+    assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(6,)]
+    assert rows_of(database, "SELECT count(*) FROM command_logs") == [(3,)]
+    assert rows_of(database, "SELECT count(*) FROM devices") == [(3,)]
+    assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
+    assert rows_of(database, "PRAGMA foreign_key_check") == []
+    assert rows_of(database, "SELECT count(*) FROM sqlite_master WHERE name = 'my_own_index'") == [(1,)]
+
+
+@in_a_loop
+async def test_tables_are_the_contracts(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        await say(board, "status", payload={"a": 1})
+        await client.post("/command?device_type=none&command_name=x")
+        await eventually(lambda: state_is(client, "a", {"a": 1}))
+        await client.get("/state-history/a")
+        columns = {
+            table: [(name, kind, key) for _, name, kind, _, _, key in client.rows(f"PRAGMA table_info({table})")]
+            for (table,) in client.rows("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+        }
+        text255, text50, moment = "VARCHAR(255)", "VARCHAR(50)", "DATETIME"
+        assert columns == {
+            "command_logs": [
+                ("command_id", text255, 1),
+                ("device_type", text50, 0),
+                ("command_name", text255, 0),
+                ("payload", "JSON", 0),
+                ("status", text50, 0),
+                ("created_at", moment, 0),
+                ("executed_at", moment, 0),
+                ("completed_at", moment, 0),
+                ("response_data", "JSON", 0),
+                ("target_device_count", "INTEGER", 0),
+                ("success_count", "INTEGER", 0),
+            ],
+            "device_connection_logs": [
+                ("id", "INTEGER", 1),
+                ("device_id", text255, 0),
+                ("device_type", text50, 0),
+                ("event", text50, 0),
+                ("timestamp", moment, 0),
+                ("details", "JSON", 0),
+            ],
+            "device_state_snapshots": [
+                ("id", "INTEGER", 1),
+                ("device_id", text255, 0),
+                ("device_type", text50, 0),
+                ("state_data", "JSON", 0),
+                ("timestamp", moment, 0),
+            ],
+            "devices": [
+                ("device_id", text255, 1),
+                ("device_type", text50, 0),
+                ("is_online", "BOOLEAN", 0),
+                ("last_heartbeat", moment, 0),
+                ("connected_at", moment, 0),
+                ("disconnected_at", moment, 0),
+                ("metadata_json", "JSON", 0),
+            ],
+        }
+        for table in ("device_state_snapshots", "device_connection_logs"):
+            assert [row[2:5] for row in client.rows(f"PRAGMA foreign_key_list({table})")] == [
+                ("devices", "device_id", "device_id")
+            ]
+        ((state, stamp),) = client.rows("SELECT state_data, timestamp FROM device_state_snapshots")
+        assert state == '{"a":1}'
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}", stamp)
+        assert client.rows("SELECT is_online, disconnected_at, metadata_json FROM devices") == [(1, None, "{}")]
+        assert client.rows("SELECT response_data IS NULL FROM command_logs") == [(1,)]
+        assert client.rows("PRAGMA journal_mode") == [("wal",)]
+        connection = client.store._database.engine.connect()
+        with connection:
+            assert connection.execute(sa.text("PRAGMA foreign_keys")).scalar() == 1
+            assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 1
+
+
+@in_a_loop
+async def test_every_query_goes_by_an_index_and_every_index_has_a_query(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        statements: list[str] = []
+        engine = client.store._database.engine
+
+        def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+            if statement.lstrip().upper().startswith("SELECT"):
+                statements.append(statement)
+
+        sa.event.listen(engine, "before_cursor_execute", note)
+        await client.get("/state-history/a?since=2026-01-01&until=2027-01-01&before_id=9")
+        await client.get("/device-connection-history/a?since=2026-01-01&event=connected")
+        await client.get("/command-logs")
+        await client.get("/command-logs?status=sent")
+        await client.get("/command-logs?device_type=ESP32")
+        await client.get("/command-logs?status=sent&device_type=ESP32")
+        await client.get("/command-logs/x", 404)
+        sa.event.remove(engine, "before_cursor_execute", note)
+        assert len(statements) == 7
+        used = ""
+        for statement in statements:
+            plan = " / ".join(row[3] for row in client.rows("EXPLAIN QUERY PLAN " + statement.replace("?", "1")))
+            assert "TEMP B-TREE" not in plan, (statement, plan)
+            # The newest of all commands are read from the table's end.
+            assert "USING" in plan or plan == "SCAN command_logs", (statement, plan)
+            used += plan
+        ours = [name for (name,) in client.rows("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")]
+        assert len(ours) == 4
+        assert [name for name in ours if name not in used] == []
+
+
+@in_a_loop
+async def test_live_answers_never_touch_the_database(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        client.store._swap.acquire()  # the reader is shut out
+        try:
+            for path in ("/health", "/devices", "/devices/a"):
+                async with asyncio.timeout(2):
+                    await client.get(path)
+        finally:
+            client.store._swap.release()
+
+
+# ======================================================================================================================
+# Settings and the command line
+# ======================================================================================================================
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AMHRPD_") and name != "DATABASE_URL"}
+    command = [sys.executable, str(HERE / "amhrpd.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=clean | environ, check=False)
+
+
+def test_bad_settings_end_the_start_with_one_line() -> None:
+    for environ, words in {
+        ("AMHRPD_PORT", "http"): ("AMHRPD_PORT", "'http'", "0 to 65535"),
+        ("AMHRPD_PING_INTERVAL", "nan"): ("AMHRPD_PING_INTERVAL", "'nan'", "number"),
+        ("AMHRPD_COMMAND_TIMEOUT", "301"): ("AMHRPD_COMMAND_TIMEOUT", "'301'", "300"),
+        ("AMHRPD_LOG_LEVEL", "loud"): ("AMHRPD_LOG_LEVEL", "'loud'", "debug"),
+        ("AMHRPD_ALLOWED_ORIGINS", "example.org"): ("AMHRPD_ALLOWED_ORIGINS", "'example.org'", "scheme://"),
+        ("DATABASE_URL", "postgresql://x/y"): ("DATABASE_URL", "sqlite:///"),
+        ("DATABASE_URL", "sqlite://"): ("DATABASE_URL", "sqlite:///"),
+        ("AMHRPD_TLS_CERT", "cert.pem"): ("AMHRPD_TLS_KEY", "both or neither"),
+    }.items():
+        with pytest.raises(amhrpd.ConfigError) as error:
+            amhrpd.Settings.load({}, dict([environ]))
+        assert all(word in str(error.value) for word in words), error.value
+    with pytest.raises(amhrpd.ConfigError) as error:
+        amhrpd.Settings.load({}, {"AMHRPD_API_TOKEN": "geheim äöü"})
+    assert "geheim" not in str(error.value)
+    result = run("--port", "70000")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "amhrpd: --port is '70000': it must be a whole number from 0 to 65535\n"
+
+
+def test_flags_win_over_the_environment_and_defaults_are_the_documented_ones() -> None:
+    settings = amhrpd.Settings.load({"port": "9000"}, {"AMHRPD_PORT": "9001", "AMHRPD_HOST": "::1", "AMHRPD_API_TOKEN": ""})
+    assert (settings.port, settings.host, settings.api_token) == (9000, "::1", None)
+    assert amhrpd.Settings.load({}, {"DATABASE_URL": "sqlite:////var/x.db"}).database_path == Path("/var/x.db")
+    assert amhrpd.Settings.load({}, {}) == amhrpd.Settings()
+    d = amhrpd.Settings()
+    assert (d.host, d.port, d.database_path) == ("0.0.0.0", 8000, Path("amhrpd.db"))
+    assert (d.ping_interval_s, d.heartbeat_timeout_s, d.registration_timeout_s, d.command_timeout_s) == (20, 90, 10, 30)
+    assert (d.commit_interval_s, d.max_message_bytes, d.log_level, d.log_format) == (1, 65536, "info", "auto")
+
+
+def test_help_and_version_and_import() -> None:
+    assert run("--version").stdout == f"amhrpd {amhrpd.VERSION}\n"
+    shown = run("--help").stdout
+    for option in amhrpd.OPTIONS:
+        assert option.variable in shown
+    assert "--reconnect-rate" in run("simulate", "--help").stdout
+    assert subprocess.run([sys.executable, "-c", "import amhrpd"], capture_output=True, cwd=HERE, check=True).stdout == b""
+
+
+def test_start_errors_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("just some notes\n")
+    with contextlib.closing(sqlite3.connect(tmp_path / "foreign.db")) as db, db:
+        db.execute("CREATE TABLE recipes (name TEXT)")
+    with contextlib.closing(sqlite3.connect(tmp_path / "newer.db")) as db, db:
+        db.execute("CREATE TABLE devices (device_id TEXT)")
+        db.execute("PRAGMA user_version = 99")
+    with contextlib.closing(sqlite3.connect(tmp_path / "columns.db")) as db, db:
+        db.execute("CREATE TABLE devices (device_id TEXT)")
+    (tmp_path / "bad.pem").write_text("no certificate")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, words in (
+            (("--port", port), ("127.0.0.1", port, "in use")),
+            (("--host", "192.0.2.1", "--port", "0"), ("192.0.2.1",)),
+            (("--database-url", "sqlite:////proc/amhrpd.db"), ("/proc/amhrpd.db",)),
+            (("--database-url", f"sqlite:///{tmp_path}/no/such/folder.db"), ("folder.db", "No such file")),
+            (("--database-url", f"sqlite:///{tmp_path}/text.db"), ("text.db", "no SQLite database")),
+            (("--database-url", f"sqlite:///{tmp_path}/foreign.db"), ("foreign.db", "recipes")),
+            (("--database-url", f"sqlite:///{tmp_path}/newer.db"), ("newer.db", "newer version", "99")),
+            (("--database-url", f"sqlite:///{tmp_path}/columns.db"), ("columns.db", "devices", "device_type")),
+            (("--tls-cert", f"{tmp_path}/none.pem", "--tls-key", f"{tmp_path}/none.pem"), ("none.pem", "No such file")),
+            (("--tls-cert", f"{tmp_path}/bad.pem", "--tls-key", f"{tmp_path}/bad.pem"), ("bad.pem", "certificate")),
+        ):
+            defaults = ("--host", "127.0.0.1", "--port", "0", "--database-url", f"sqlite:///{tmp_path}/a.db")
+            result = run(*defaults, *arguments)
+            assert result.returncode == 1, result
+            (line,) = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+            assert line.startswith("amhrpd: "), result.stderr
+            assert all(word in line for word in words), line
+    assert (tmp_path / "text.db").read_text() == "just some notes\n"
+
+
+@in_a_loop
+async def test_unknown_variables_are_warned_of_and_tokens_are_in_no_log(database: Path) -> None:
+    tokens = {"AMHRPD_API_TOKEN": "api-token-0815", "AMHRPD_DEVICE_TOKEN": "device-token-4711"}
+    async with process_on(database, AMHRPD_PROT="1", AMHRPD_LOG_LEVEL="debug", **tokens) as (process, client):
+        await client.get("/devices", 401)
+        await client.get("/devices", headers={"Authorization": "Bearer api-token-0815x"}, status=401)
+        async with await connect(process.port, "a?token=device-token-4711") as board:
+            await say(board, "registration", device_type="ESP32", note="device-token")
+        assert "unknown_setting" in process.log
+        assert "AMHRPD_PROT" in process.log
+        process.popen.terminate()
+        assert await process.exit_code() == 0
+        assert "api-token-0815" not in process.log
+        assert "device-token-4711" not in process.log
+
+
+# ======================================================================================================================
+# At home under systemd
+# ======================================================================================================================
+
+
+class NotifySocket:
+    """What systemd would hear."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address.replace("@", "\0", 1))
+        self._socket.setblocking(False)
+        self.heard: list[str] = []
+
+    def __enter__(self) -> NotifySocket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def listen(self) -> list[str]:
+        """All datagrams so far."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.heard.append(self._socket.recv(4096).decode())
+        return self.heard
+
+    def heard_since(self, count: int, text: str) -> bool:
+        return text in "\n".join(self.listen()[count:])
+
+
+@in_a_loop
+async def test_ready_comes_when_health_answers_and_stopping_comes_first(database: Path, tmp_path: Path) -> None:
+    for address in (str(tmp_path / "notify"), f"@amhrpd-test-{os.getpid()}"):
+        with NotifySocket(address) as systemd:
+            async with gateway_on(database) as client:
+                port = client.port
+            environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "600000"}
+            process = Process(database, port, environ)
+            try:
+                while "READY=1" not in systemd.listen():
+                    assert process.popen.poll() is None, process.log
+                    await asyncio.sleep(0.005)
+                assert await process.answers()  # at the first try
+                client = Client(port, client.session, database)
+                async with aiohttp.ClientSession() as client.session, client.board("a"):
+                    await client.post("/command?device_type=ESP32&command_name=x")
+                    await eventually(lambda: systemd.heard_since(0, "STATUS=1 devices online, 1 open commands"))
+                    await eventually(lambda: systemd.heard_since(0, "WATCHDOG=1"))
+                    count = len(systemd.listen())
+                    process.popen.terminate()
+                    assert await process.exit_code() == 0
+                    rest = [
+                        text for text in systemd.listen()[count:] if text != "WATCHDOG=1" and not text.startswith("STATUS=1")
+                    ]
+                    assert rest[0].startswith("STOPPING=1")
+            finally:
+                process.popen.kill()
+                process.popen.wait()
+
+
+@in_a_loop
+async def test_watchdog_stops_when_the_loop_is_blocked(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    with NotifySocket(str(tmp_path / "notify")) as systemd:
+        async with gateway_on(database):
+            await eventually(lambda: systemd.heard_since(0, "WATCHDOG=1"))
+            systemd.listen()
+            time.sleep(1)  # the loop, blocked for real
+            assert "WATCHDOG=1" not in systemd.listen()[len(systemd.heard) :]
+            count = len(systemd.listen())
+            await eventually(lambda: systemd.heard_since(count, "WATCHDOG=1"))
+
+
+@in_a_loop
+async def test_watchdog_stops_when_the_writer_thread_has_died(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ctypes
+
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    with NotifySocket(str(tmp_path / "notify")) as systemd:
+        async with gateway_on(database, exit_code=1) as client:
+            await eventually(lambda: systemd.heard_since(0, "WATCHDOG=1"))
+            writer = client.store._writer
+            assert (
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(writer.ident or 0), ctypes.py_object(SystemExit)) == 1
+            )
+            client.store._wake(urgent=True)
+            await eventually(lambda: not writer.is_alive())
+            count = len(systemd.listen())
+            health = await client.get("/health", 503)
+            assert (health["status"], health["database"]) == ("degraded", "the writer thread has died")
+            async with client.board("a") as board, background(answer_commands(board)):  # and the robot still obeys
+                answer = await client.post("/command?device_type=ESP32&command_name=stop&wait=5")
+                assert (answer["status"], answer["persisted"]) == ("ack_success", False)
+            await eventually(lambda: systemd.heard_since(count, "STATUS=1 devices online"))
+            assert not systemd.heard_since(count, "WATCHDOG=1")
+
+
+@in_a_loop
+async def test_watchdog_goes_on_while_the_disk_stalls(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    with NotifySocket(str(tmp_path / "notify")) as systemd:
+        async with gateway_on(database) as client, client.board("a") as board:
+            with disk_that_stalls(database):
+                await say(board, "status", payload={"a": 1})
+                await eventually(lambda: health_is(client, 503))
+                count = len(systemd.listen())
+                await eventually(lambda: "\n".join(systemd.listen()[count:]).count("WATCHDOG=1") >= 3)
+            await eventually(lambda: health_is(client, 200))
+
+
+async def health_is(client: Client, status: int) -> bool:
+    return (await client.ask("GET", "/health"))[0] == status
+
+
+@contextlib.contextmanager
+def disk_that_stalls(database: Path) -> Iterator[None]:
+    """Nothing can be committed until the end: the file is locked."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None, timeout=10)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+def test_unit_is_what_systemd_takes() -> None:
+    unit = (HERE / "amhrpd.service").read_text()
+    values = dict(re.findall(r"^([A-Za-z]+)=(.*)$", unit, re.MULTILINE))
+    assert values["Type"] == "notify"
+    bound_s = amhrpd.Gateway.STOP_TIMEOUT_S + amhrpd.HANDLERS_TIMEOUT_S + amhrpd.STORE_CLOSE_TIMEOUT_S + 1
+    assert int(values["TimeoutStopSec"].removesuffix("s")) > bound_s
+    assert "TOKEN" not in "".join(line for line in unit.splitlines() if not line.startswith("#"))
+    for name in re.findall(r"(AMHRPD_[A-Z_]+|DATABASE_URL)=", unit):
+        assert name in {option.variable for option in amhrpd.OPTIONS}
+    if shutil.which("systemd-analyze") is not None:
+        result = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(HERE / "amhrpd.service")], capture_output=True, text=True, check=False
+        )
+        # The program is there only once it is installed.
+        complaints = [line for line in result.stderr.splitlines() if "/opt/amhrpd/.venv/bin/python" not in line]
+        assert [line for line in complaints if "amhrpd.service" in line] == []
+        result = subprocess.run(
+            ["systemd-analyze", "security", "--offline=true", "--threshold=15", str(HERE / "amhrpd.service")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout
+
+
+@in_a_loop
+async def test_journal_lines_bear_their_priority_and_are_one_each(database: Path) -> None:
+    async with process_on(database, AMHRPD_LOG_FORMAT="journal", AMHRPD_API_TOKEN="some-token") as (process, client):
+        async with client.board("a") as board:
+            await say(board, "alert", alert_type="collision", message='two\nlines "quoted" \x1b[31m')
+            await eventually(lambda: "device_alert" in process.log)
+        await client.get("/devices", 401)
+        process.popen.terminate()
+        assert await process.exit_code() == 0
+    lines = process.log.splitlines()
+    assert all(re.match(r"<[346]>[a-z_]+( |$)", line) for line in lines), process.log
+    (alert,) = [line for line in lines if "device_alert" in line]
+    assert alert.startswith("<4>device_alert device_id=a alert_type=collision ")
+    assert "\x1b" not in alert
+    assert any(line.startswith("<6>listening ") for line in lines)
+
+
+@in_a_loop
+async def test_stop_under_load_loses_nothing(database: Path) -> None:
+    """SIGTERM while boards send as fast as they can: what the gateway took is in the file, and it ends with 0, soon."""
+    sent = 0
+
+    async def flood(board: ClientConnection) -> None:
+        nonlocal sent
+        while True:
+            await say(board, "status", payload={"n": sent})
+            sent += 1
+
+    async with process_on(database, AMHRPD_COMMIT_INTERVAL="60") as (process, client):
+        boards = [await connect(client.port, f"b{n}") for n in range(5)]
+        for board in boards:
+            await say(board, "registration", device_type="ESP32")
+        async with background(*(flood(board) for board in boards)):
+            await eventually(lambda: sent > 3000)
+            last = await client.get("/devices")
+            began_s = time.monotonic()
+            process.popen.send_signal(signal.SIGTERM)
+            assert await process.exit_code() == 0
+            assert time.monotonic() - began_s < 8
+        assert [await closed_with(board) for board in boards] == [1001] * 5
+    for device in last["devices"]:
+        if device["state"] is not None:
+            stored = rows_of(
+                database,
+                "SELECT max(json_extract(state_data, '$.n')) FROM device_state_snapshots WHERE device_id = ?",
+                device["device_id"],
+            )
+            assert stored[0][0] >= device["state"]["n"]
+    assert rows_of(database, "SELECT count(*) FROM devices WHERE is_online") == [(0,)]
+    assert rows_of(database, "SELECT event, count(*) FROM device_connection_logs GROUP BY event ORDER BY event") == [
+        ("connected", 5),
+        ("disconnected", 5),
+    ]
+
+
+@in_a_loop
+async def test_both_ip_families_are_served(database: Path) -> None:
+    async with gateway_on(database, host="0.0.0.0") as client:
+        for host in ("127.0.0.1", *(("[::1]",) if socket.has_dualstack_ipv6() else ())):
+            async with client.session.get(f"http://{host}:{client.port}/health") as response:
+                assert response.status == 200
+        async with client.board("a"):
+            events = (await client.get("/device-connection-history/a"))["events"]
+            assert events[0]["details"]["peer"] == "127.0.0.1"
+
+
+# ======================================================================================================================
+# Nothing lost: faults of the store
+# ======================================================================================================================
+
+
+@in_a_loop
+async def test_kill_9_loses_no_answered_command_and_only_young_telemetry(database: Path) -> None:
+    taken: list[str] = []
+    sent_s: list[float] = []
+
+    async def order(client: Client) -> None:
+        while True:
+            answer = await client.post("/command?device_type=ESP32&command_name=x")
+            if answer.get("persisted", True):
+                taken.append(answer["command_id"])
+
+    async def report(board: ClientConnection) -> None:
+        while True:
+            await say(board, "status", payload={"n": len(sent_s)})
+            sent_s.append(time.monotonic())
+            await asyncio.sleep(0.002)
+
+    async with process_on(database, AMHRPD_COMMIT_INTERVAL="0.3") as (process, client), client.board("a") as board:
+        async with background(answer_commands(board), report(board), order(client)):
+            await eventually(lambda: len(taken) > 100 and len(sent_s) > 500)
+            process.popen.kill()
+            killed_s = time.monotonic()
+            await process.exit_code()
+    stored = {command_id for (command_id,) in rows_of(database, "SELECT command_id FROM command_logs")}
+    assert set(taken) <= stored
+    snapshots = {n for (n,) in rows_of(database, "SELECT json_extract(state_data, '$.n') FROM device_state_snapshots")}
+    assert {n for n, moment_s in enumerate(sent_s) if moment_s < killed_s - 0.8} <= snapshots
+    assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
+    assert rows_of(database, "PRAGMA foreign_key_check") == []
+    async with gateway_on(database) as client:
+        assert await client.events("a") == ["connected", "disconnected"]
+        assert not await client.is_online("a")
+
+
+@in_a_loop
+async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(database: Path) -> None:
+    """A file-size limit on the running daemon: SQLite's writes fail as on a full disk, until it is lifted."""
+    async with process_on(database) as (process, client), client.board("a") as board, background(answer_commands(board)):
+        await say(board, "status", payload={"n": 0})
+        await eventually(lambda: state_is(client, "a", {"n": 0}))
+        await client.get("/state-history/a")
+        unlimited = resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        for n in range(1, 200):
+            await say(board, "status", payload={"n": n, "text": "x" * 500})
+        await eventually(lambda: health_is(client, 503))
+        health = await client.get("/health", 503)
+        assert health["status"] == "degraded"
+        assert "can't write the database: " in health["database"]
+        assert health["rows_waiting"] > 0
+        began_s = time.monotonic()
+        answer = await client.post("/command?device_type=ESP32&command_name=stop&wait=5")
+        assert time.monotonic() - began_s < 1.5
+        assert (answer["status"], answer["persisted"]) == ("ack_success", False)
+        assert (await client.get("/state-history/a", 503))["error_code"] == "STORE_UNAVAILABLE"
+        assert await client.is_online("a")
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, unlimited)
+        await eventually(lambda: health_is(client, 200))
+        states = (await client.get("/state-history/a?limit=1000"))["states"]
+        assert [state["state_data"]["n"] for state in states] == list(range(199, -1, -1))
+        row = await client.get(f"/command-logs/{answer['command_id']}")
+        assert (row["status"], row["success_count"]) == ("ack_success", 1)
+        assert "database_write_failed" in process.log
+        assert process.log.count("database_write_failed") == 1
+        assert "Traceback" not in process.log
+
+
+@in_a_loop
+async def test_slow_disk_holds_a_command_up_for_a_second_at_most(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+        with disk_that_stalls(database):
+            began_s = time.monotonic()
+            answer = await client.post("/command?device_type=ESP32&command_name=stop")
+            assert 0.9 < time.monotonic() - began_s < 1.5
+            assert (answer["status"], answer["persisted"]) == ("sent", False)
+            began_s = time.monotonic()
+            assert (await client.post("/command?device_type=ESP32&command_name=stop"))["persisted"] is False
+            assert time.monotonic() - began_s < 0.5  # known by now
+            assert await client.is_online("a")
+        row = await eventually(lambda: row_has(client, f"/command-logs/{answer['command_id']}", status="ack_success"))
+        assert row["success_count"] == 1
+
+
+@in_a_loop
+async def test_memory_for_a_disk_that_stays_away_is_bounded_and_dropping_is_counted(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd.Store, "TELEMETRY_LIMIT_BYTES", 100_000)
+    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+        with disk_that_stalls(database):
+            for n in range(300):
+                await say(board, "status", payload={"n": n})
+            await eventually(lambda: state_is(client, "a", {"n": 299}))
+            health = await client.get("/health")
+            assert health["rows_dropped"] > 100
+            answer = await client.post("/command?device_type=ESP32&command_name=stop&wait=5")
+            assert answer["status"] == "ack_success"
+        states = (await client.get("/state-history/a?limit=1000"))["states"]
+        kept = [state["state_data"]["n"] for state in states]
+        assert kept == list(range(len(kept) - 1, -1, -1))  # the oldest, without a gap
+        assert len(kept) == 300 - health["rows_dropped"]
+        assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
+
+
+@in_a_loop
+async def test_row_that_can_never_be_written_does_not_hold_up_the_rest(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        with contextlib.closing(sqlite3.connect(database)) as db, db:
+            db.execute(
+                "CREATE TRIGGER poison BEFORE INSERT ON device_state_snapshots WHEN new.state_data LIKE '%poison%' "
+                "BEGIN SELECT RAISE(ABORT, 'poisoned'); END"
+            )
+        with logged() as events:
+            for n in range(100):
+                await say(board, "status", payload={"n": n, "kind": "poison" if n == 50 else "good"})
+            await eventually(lambda: state_is(client, "a", {"n": 99, "kind": "good"}))
+            states = (await client.get("/state-history/a?limit=1000"))["states"]
+        assert [state["state_data"]["n"] for state in states] == [n for n in range(99, -1, -1) if n != 50]
+        health = await client.get("/health")
+        assert (health["status"], health["rows_rejected"]) == ("ok", 1)
+        (event,) = named(events, "row_rejected")
+        assert "poisoned" in event["reason"]
+
+
+@in_a_loop
+async def test_device_row_deleted_behind_our_back_comes_back(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        await client.get("/state-history/a")
+        with contextlib.closing(sqlite3.connect(database)) as db, db:
+            db.execute("DELETE FROM devices")
+        await say(board, "status", payload={"n": 1})
+        await eventually(lambda: state_is(client, "a", {"n": 1}))
+        assert (await client.get("/state-history/a"))["total"] == 1
+        assert client.rows("SELECT device_id FROM devices") == [("a",)]
+
+
+def spoil(database: Path, page: int) -> None:
+    """Overwrite one page with rubbish, as a dying SD card does."""
+    with database.open("r+b") as file:
+        file.seek(4096 * page)
+        file.write(random.Random(1).randbytes(4096))
+
+
+async def fill(database: Path, snapshots: int) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        for n in range(snapshots):
+            await say(board, "status", payload={"n": n, "text": "x" * 300})
+        await eventually(lambda: state_is(client, "a", {"n": snapshots - 1, "text": "x" * 300}))
+
+
+@in_a_loop
+async def test_corrupt_file_is_moved_aside_and_said_loudly(database: Path) -> None:
+    for number, page in enumerate((0, 3, -1), start=1):
+        await fill(database, 300)
+        if page >= 0:
+            spoil(database, page)
+        if page == 0:  # only the header's beginning, as the table names on the page tell whose it was
+            pass
+        if page < 0:
+            with database.open("r+b") as file:
+                file.write(b"\0" * 4096)
+        before = database.read_bytes()
+        if page == 0:
+            (aside_or_error,) = [run("--database-url", f"sqlite:///{database}", "--port", "0", "--host", "127.0.0.1")]
+            assert aside_or_error.returncode == 1  # nothing tells any more that it was ours: left alone
+            assert "no SQLite database" in aside_or_error.stderr
+            assert database.read_bytes() == before
+            database.unlink()
+            continue
+        with logged() as events:
+            async with gateway_on(database) as client:
+                health = await client.get("/health")
+                assert health["status"] == "ok"
+                assert "corrupt" in health["notice"]
+                (event,) = named(events, "database_corrupt")
+                assert event["level"] == "error"
+                aside = Path(event["moved_to"])
+                assert re.fullmatch(r"amhrpd\.db\.corrupt-\d{8}T\d{6}\.\d{6}Z", aside.name)
+                assert aside.read_bytes() == before
+                async with client.board("b") as board:
+                    await say(board, "status", payload={"n": number})
+                    await eventually(lambda number=number: state_is(client, "b", {"n": number}))  # type: ignore[misc]
+                    assert (await client.get("/state-history/b"))["total"] == 1
+
+
+@in_a_loop
+async def test_file_that_turns_out_corrupt_while_in_use_is_replaced_without_a_stop(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(database, 300)
+    monkeypatch.setattr(amhrpd.Store, "CHECKED_AT_START_BYTES", 0)  # as if it were too large to be checked at the start
+    spoil(database, 8)
+    async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
+        health = await eventually(lambda: notice(client))
+        assert "corrupt" in health
+        await say(board, "status", payload={"n": 1})
+        await eventually(lambda: state_is(client, "b", {"n": 1}))
+        assert (await client.get("/state-history/b"))["total"] == 1
+        assert (await client.post("/command?device_type=ESP32&command_name=x&wait=5"))["status"] == "ack_success"
+        assert client.rows("SELECT device_id FROM devices ORDER BY device_id") == [("a",), ("b",)]
+    assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
+    assert len(list(database.parent.glob("amhrpd.db.corrupt-*Z"))) == 1
+
+
+async def notice(client: Client) -> Any:
+    return (await client.ask("GET", "/health"))[1].get("notice")
+
+
+@in_a_loop
+async def test_second_gateway_on_the_same_file_is_refused(database: Path) -> None:
+    async with gateway_on(database):
+        result = await asyncio.to_thread(run, "--database-url", f"sqlite:///{database}", "--port", "0")
+        assert result.returncode == 1
+        assert "in use by another gateway" in result.stderr
+
+
+@in_a_loop
+async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        await client.get("/state-history/a")
+        commits: list[Any] = []
+        sa.event.listen(client.store._database.engine, "commit", commits.append)
+        for _ in range(50):
+            await say(board, "heartbeat")
+        await say(board, "reboot")  # its refusal tells that all were handled
+        await hear(board, "error")
+        client.gateway.sweep()
+        stored = client.rows("SELECT last_heartbeat FROM devices")
+        assert commits == []
+        monkeypatch.setattr(amhrpd.Gateway, "HEARTBEAT_SAVE_INTERVAL_S", 0.0)
+        client.gateway.sweep()
+        await eventually(lambda: client.rows("SELECT last_heartbeat FROM devices") != stored)
+        assert len(commits) == 1
