@@ -2177,6 +2177,9 @@ class DeviceSocket(Connection):
         self._gateway = gateway
         self._registration_timeout_s = settings.registration_timeout_s
         self._request = request
+        self._receiving: asyncio.Timeout | None = None
+        self._farewell: tuple[int, str] | None = None
+        self._is_over = asyncio.Event()
         self._socket = web.WebSocketResponse(
             heartbeat=settings.ping_interval_s,
             max_msg_size=settings.max_message_bytes,
@@ -2192,16 +2195,26 @@ class DeviceSocket(Connection):
         self._gateway.opened(self)
         deadline = asyncio.get_running_loop().call_later(self._registration_timeout_s, self._check_registered)
         try:
-            await self._receive_all()
+            async with asyncio.timeout(None) as self._receiving:
+                if self._farewell is None:
+                    await self._receive_all()
+        except TimeoutError:
+            pass  # close() wants the connection's task for itself
         except Exception:
             log.exception("connection_failed", device_id=self.device_id)
-            await self.close(WSCloseCode.INTERNAL_ERROR, "internal error")
+            self._farewell = (WSCloseCode.INTERNAL_ERROR, "internal error")
         finally:
             deadline.cancel()
+            self._receiving = None
             if isinstance(self._socket.exception(), TimeoutError):
                 self._gateway.closed(self, "timeout", CLOSE_TIMED_OUT, "no answer to pings")
             else:
                 self._gateway.closed(self, "disconnected", self._socket.close_code, self._end_reason())
+            try:
+                if self._farewell is not None:
+                    await self._say_goodbye(*self._farewell)
+            finally:
+                self._is_over.set()
         return self._socket
 
     async def send(self, frame: str) -> bool:
@@ -2218,11 +2231,19 @@ class DeviceSocket(Connection):
     async def close(self, code: int, reason: str) -> None:
         """See Connection. Takes CLOSE_TIMEOUT_S twice at the most: to hand the frame over, and for the echo."""
         self.is_ended = True
-        with contextlib.suppress(TimeoutError, ConnectionError):
+        self._farewell = self._farewell or (code, reason)
+        if self._receiving is not None:
+            # The library waits for the echo only where the task that receives is the one that closes: call it back.
+            self._receiving.reschedule(asyncio.get_running_loop().time())
+        await self._is_over.wait()
+
+    async def _say_goodbye(self, code: int, reason: str) -> None:
+        try:
             async with asyncio.timeout(2 * self.CLOSE_TIMEOUT_S):
                 await self._socket.close(code=code, message=reason.encode()[:123])
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        except (TimeoutError, ConnectionError):
+            if self._request.transport is not None:
+                self._request.transport.abort()
 
     def _check_registered(self) -> None:
         if self.device is None and not self.is_ended:
@@ -2584,7 +2605,10 @@ STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's 
 
 
 def build_app(settings: Settings) -> web.Application:
-    """The gateway as an aiohttp application: store and gateway start and end with it, in order."""
+    """The gateway as an aiohttp application. The store opens and closes with it.
+
+    Whoever runs it awaits `app[GATEWAY].stop()` before its clean-up, which is deaf to the boards' close replies.
+    """
     store = Store(settings.database_path, settings.commit_interval_s)
     gateway = Gateway(settings, store)
     rest = RestApi(settings, gateway, store)
@@ -2601,11 +2625,7 @@ def build_app(settings: Settings) -> web.Application:
         if not await store.close(STORE_CLOSE_TIMEOUT_S):
             raise StoreUnavailable("not all that was queued could be written")
 
-    async def stop_gateway(_: web.Application) -> None:
-        await gateway.stop()
-
     app.cleanup_ctx.append(run_store)
-    app.on_shutdown.append(stop_gateway)
     return app
 
 
@@ -2656,6 +2676,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
             server.close()
         for listener in sockets:
             listener.close()
+        await app[GATEWAY].stop()
         try:
             await runner.cleanup()
         except StoreUnavailable as error:
@@ -2761,14 +2782,15 @@ class Notifier:
         text = "\n".join(assignments)
         if not self._address or text == self._sent_status:
             return
-        if text.startswith("STATUS="):
-            self._sent_status = text
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
                 out.setblocking(False)
                 out.sendto(text.encode(), self._address)
         except OSError as error:
             log.warning("notify_failed", error=str(error))
+            return
+        if text.startswith("STATUS="):
+            self._sent_status = text
 
 
 # -- logging -----------------------------------------------------------------------------------------------------------
