@@ -2657,7 +2657,9 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
             )
             servers.append(server)
         port = sockets[0].getsockname()[1]
-        log.info("listening", address=settings.host, port=port, tls=tls is not None, database=str(settings.database_path))
+        log.info(
+            "listening", address=settings.host, port=port, tls=tls is not None, database=str(settings.database_path.absolute())
+        )
         upkeep = asyncio.create_task(_upkeep(app, runner.server, notifier))
         notifier.send("READY=1")
         on_ready(port)
@@ -3201,11 +3203,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _simulate(words[1:])
         return _serve(words[1:] if words[:1] == ["serve"] else words)
     except ConfigError as error:
-        print(f"amhrpd: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except StartError as error:
-        print(f"amhrpd: {error}", file=sys.stderr)
+        _complain(error)
         return 1
+
+
+def _complain(error: Exception) -> None:
+    """One line on stderr; under the journal with the priority that shows it as an error."""
+    priority = "<3>" if os.environ.get("JOURNAL_STREAM") else ""
+    print(f"{priority}amhrpd: {error}", file=sys.stderr)
 
 
 def _serve(words: Sequence[str]) -> int:

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -37,6 +36,7 @@ import aiohttp
 import pytest
 import sqlalchemy as sa
 import websockets
+from aiohttp import web
 from websockets.asyncio.client import ClientConnection
 
 import amhrpd
@@ -97,6 +97,7 @@ class Client:
         self.session = session
         self.database = database
         self.gateway: amhrpd.Gateway
+        self.runner: web.AppRunner
         self.store: amhrpd.Store
 
     async def ask(self, method: str, path: str, **kwargs: Any) -> tuple[int, Any]:
@@ -200,15 +201,15 @@ async def gateway_on(database: Path, *, exit_code: int = 0, headers: Any = None,
     values: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "database_path": database, "commit_interval_s": 0.05}
     stop = asyncio.Event()
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    apps: list[Any] = []
-    build_app = amhrpd.build_app
+    runners: list[web.AppRunner] = []
 
-    def remember(wanted: amhrpd.Settings) -> Any:
-        apps.append(build_app(wanted))
-        return apps[0]
+    class Runner(web.AppRunner):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            runners.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(amhrpd, "build_app", remember)
+        patch.setattr(web, "AppRunner", Runner)
         daemon = asyncio.create_task(amhrpd.serve(amhrpd.Settings(**values | settings), stop, ready.set_result))
         await asyncio.wait((daemon, ready), return_when=asyncio.FIRST_COMPLETED)
     if daemon.done():
@@ -216,7 +217,8 @@ async def gateway_on(database: Path, *, exit_code: int = 0, headers: Any = None,
     try:
         async with aiohttp.ClientSession(headers=headers) as session:
             client = Client(ready.result(), session, database)
-            client.gateway, client.store = apps[0][amhrpd.GATEWAY], apps[0][amhrpd.STORE]
+            (client.runner,) = runners
+            client.gateway, client.store = client.runner.app[amhrpd.GATEWAY], client.runner.app[amhrpd.STORE]
             yield client
     finally:
         stop.set()
@@ -2006,3 +2008,460 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
         client.gateway.sweep()
         await eventually(lambda: client.rows("SELECT last_heartbeat FROM devices") != stored)
         assert len(commits) == 1
+
+
+# ======================================================================================================================
+# Nobody let in: hostile boards
+# ======================================================================================================================
+
+
+def mutated_frames(count: int, seed: int) -> list[bytes]:
+    """WebSocket frames whose payload is a valid message with something wrong in it, or nothing right at all."""
+    rng = random.Random(seed)
+    seeds = [frame.encode() for frame, _ in REFUSED if len(frame) < 2000] + [
+        b'{"message_type":"status","payload":{"temperature":25.3,"list":[1,2,{"a":null}]}}',
+        b'{"message_type":"heartbeat","device_type":"ESP32","rssi":-50}',
+        b'{"message_type":"command_ack","command_id":"x","status":"success","payload":{"a":1},"execution_time":0.5}',
+        b'{"message_type":"registration","device_type":"ESP32","metadata":{"fw":"1"},"mac":"aa"}',
+        b'{"message_type":"alert","alert_type":"obstacle","message":"m"}',
+        b'{"message_type":"error","error_code":"E","error_message":"m","context":{"a":[1]}}',
+    ]
+    spices = [
+        b"\xff",
+        b"\x00",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b"\\",
+        b"\\ud800",
+        b"NaN",
+        b"1e999",
+        b"9" * 50,
+        b",",
+        b":",
+        b"null",
+        b"\xc3",
+    ]
+    frames = []
+    for _ in range(count):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.randrange(4)):
+            at = rng.randrange(len(data) + 1)
+            match rng.randrange(4):
+                case 0:
+                    data[at:at] = rng.choice(spices)
+                case 1:
+                    del data[at : at + rng.randrange(8)]
+                case 2:
+                    data[at : at + 1] = bytes([rng.randrange(256)])
+                case _:
+                    data += data[: rng.randrange(40)]
+        frames.append(Wire.frame(bytes(data), opcode=2 if rng.random() < 0.02 else 1, mask=b"\0\0\0\0"))
+    return frames
+
+
+@in_a_loop
+async def test_100000_mutated_frames_beside_a_working_board(database: Path) -> None:
+    """No traceback, no lost command, no unreadable answer, and a flat memory line."""
+
+    def resident_mb() -> float:
+        (line,) = [
+            line for line in Path(f"/proc/{process.popen.pid}/status").read_text().splitlines() if line.startswith("VmRSS")
+        ]
+        return int(line.split()[1]) / 1024
+
+    async def attack(number: int, frames: Sequence[bytes]) -> None:
+        wire = await Wire.connect(client.port, f"hostile_{number}")
+
+        async def read() -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while await wire.reader.read(1 << 16):
+                    pass
+
+        async with background(read()):
+            for at in range(0, len(frames), 100):
+                wire.writer.write(b"".join(frames[at : at + 100]))
+                await wire.writer.drain()
+            wire.send(b"\x03\xe8", opcode=8)
+            await wire.writer.drain()
+        await wire.close()
+
+    async def order(times: int) -> None:
+        for _ in range(times):
+            began_s = time.monotonic()
+            answer = await client.post("/command?device_id=good&command_name=x&wait=10")
+            assert answer["status"] == "ack_success"
+            round_trips_s.append(time.monotonic() - began_s)
+
+    frames = mutated_frames(5_000, seed=1)
+    round_trips_s: list[float] = []
+    async with process_on(database) as (process, client), client.board("good") as board, background(answer_commands(board)):
+        await attack(0, frames * 2)
+        await order(20)
+        before_mb = resident_mb()
+        round_trips_s.clear()
+        async with background(*(attack(number, frames * 3) for number in range(1, 7))) as attacks:
+            while not all(task.done() for task in attacks):
+                await order(1)
+            for task in attacks:
+                task.result()
+        await order(20)
+        assert resident_mb() - before_mb < 30
+        assert sorted(round_trips_s)[int(len(round_trips_s) * 0.99)] < 0.5
+        for device in (await client.get("/devices"))["devices"]:
+            await client.get(f"/state-history/{device['device_id']}?limit=1000")  # reads as JSON
+            await client.get(f"/device-connection-history/{device['device_id']}")
+        assert (await client.get("/health"))["rows_rejected"] == 0
+        assert await client.is_online("good")
+        assert "Traceback" not in process.log
+        assert len(process.log.splitlines()) < 200
+    for (text,) in rows_of(database, "SELECT state_data FROM device_state_snapshots UNION SELECT metadata_json FROM devices"):
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the database"))
+
+
+@in_a_loop
+async def test_flood_and_a_fight_for_an_id_leave_the_others_alone(database: Path) -> None:
+    async def flood(number: int) -> None:
+        wire = await Wire.connect(client.port, f"flood_{number}")
+        wire.send(REGISTRATION)
+        chunk = Wire.frame(b'{"message_type":"status","payload":{"n":1}}') * 50 + Wire.frame(b"rubbish") * 5
+        while True:
+            wire.writer.write(chunk)
+            await wire.writer.drain()
+
+    async def fight() -> None:
+        while True:
+            wire = await Wire.connect(client.port, "contested")
+            wire.send(REGISTRATION)
+            await asyncio.sleep(0.01)
+            wire.writer.transport.abort()
+
+    async def dangle() -> None:
+        held = []
+        while True:
+            held.append(await asyncio.open_connection("127.0.0.1", client.port))
+            held[-1][1].write(b"GET /ws/slow HTTP/1.1\r\nHost:")
+            await asyncio.sleep(0.02)
+
+    round_trips_s: list[float] = []
+    async with process_on(database) as (process, client), client.board("good") as board, background(answer_commands(board)):
+        async with background(flood(1), flood(2), fight(), fight(), dangle()) as attackers:
+            for _ in range(100):
+                began_s = time.monotonic()
+                answer = await client.post("/command?device_id=good&command_name=x&wait=10")
+                assert (answer["status"], answer.get("persisted", True)) == ("ack_success", True)
+                round_trips_s.append(time.monotonic() - began_s)
+            assert not any(task.done() for task in attackers)
+        assert sorted(round_trips_s)[98] < 0.5
+        assert await client.events("good") == ["connected"]
+        history = await client.events("contested")
+        assert history[::2] == ["connected"] * len(history[::2])
+        assert "connected" not in history[1::2]
+        assert len(history) > 10
+        assert len(process.log.splitlines()) < 150
+
+
+@in_a_loop
+async def test_connections_that_never_finish_a_request_are_dropped(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd, "KEEPALIVE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(amhrpd, "BODY_TIMEOUT_S", 0.3)
+    async with gateway_on(database) as client:
+        for start in (
+            b"",
+            b"GET /ws/a HTTP/1.1\r\nHost: x\r\nUpgr",
+            b"POST /command HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+            writer.write(start)
+            async with asyncio.timeout(PATIENCE_S):
+                answer = await reader.read(1 << 16)
+            assert not answer or answer.startswith(b"HTTP/1.1 408 ")
+            writer.close()
+
+
+@in_a_loop
+async def test_caller_that_takes_nothing_of_its_answer_is_dropped(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd, "UNREAD_TIMEOUT_S", 0.5)
+    async with gateway_on(database) as client, client.board("a") as board:
+        for n in range(200):
+            await say(board, "status", payload={"n": n, "text": "x" * 60000})
+        await eventually(lambda: client.gateway.registry.get("a").state and '"n":199' in client.gateway.registry.get("a").state)
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
+        began_s = time.monotonic()
+        writer.write(b"GET /state-history/a?limit=1000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        await eventually(lambda: waiting_bytes(client) > 0)
+        await eventually(lambda: waiting_bytes(client) == 0)
+        assert time.monotonic() - began_s > 0.4
+        with pytest.raises(ConnectionError):
+            while await reader.read(1 << 20):
+                pass
+            raise ConnectionError("the answer ended early")
+        assert await client.is_online("a")
+        writer.transport.abort()
+
+
+def waiting_bytes(client: Client) -> int:
+    """What the gateway's callers have not taken yet."""
+    server = client.runner.server
+    assert server is not None
+    return sum(c.transport.get_write_buffer_size() for c in server.connections if c.transport is not None)
+
+
+@in_a_loop
+async def test_idle_connections_over_the_limit_are_refused_and_boards_stay(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd, "MAX_CONNECTIONS", 50)
+    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+        assert await client.is_online("a")  # and the caller's connection is there
+        idle = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(60)]
+        refused = 0
+        for reader, _ in idle:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    refused += (await reader.read(100)).startswith(b"HTTP/1.1 503 ")
+        assert refused >= 10
+        assert (await client.post("/command?device_id=a&command_name=x&wait=5"))["status"] == "ack_success"
+        for _, writer in idle:
+            writer.close()
+
+
+@in_a_loop
+async def test_number_of_devices_and_of_open_commands_is_bounded(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Registry, "MAX_DEVICES", 2)
+    monkeypatch.setattr(amhrpd.Commands, "MAX_OPEN", 3)
+    async with gateway_on(database) as client, client.board("a"), client.board("b"), client.board("c", None) as third:
+        await say(third, "registration", device_type="ESP32")
+        assert (await hear(third, "error"))["error_code"] == "RESOURCE_EXHAUSTED"
+        for _ in range(3):
+            await client.post("/command?device_id=a&command_name=x")
+        assert (await client.post("/command?device_id=a&command_name=x", status=429))["error_code"] == "RESOURCE_EXHAUSTED"
+
+
+# ======================================================================================================================
+# Nobody let in: callers
+# ======================================================================================================================
+
+
+def basic(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+@in_a_loop
+async def test_tokens_open_their_own_door_and_no_other(database: Path) -> None:
+    api, device = "token-of-callers", "token-of-boards"
+    async with gateway_on(database, api_token=api, device_token=device) as client:
+        good: list[dict[str, str]] = [
+            {"Authorization": f"Bearer {api}"},
+            {"Authorization": f"bearer {api}"},
+            basic("", api),
+            basic("me", api),
+        ]
+        bad = [
+            {},
+            {"Authorization": f"Bearer {device}"},
+            {"Authorization": f"Bearer {api}x"},
+            {"Authorization": "Bearer"},
+            {"Authorization": "Basic ???"},
+            {"Authorization": "Bearer tök"},
+            basic(api, ""),
+        ]
+        for headers in good:
+            await client.get("/devices", headers=headers)
+            await client.get("/nothing", 404, headers=headers)
+            assert "app" in await client.get("/health", headers=headers)
+        for headers in bad:
+            for path in ("/devices", "/api/command-logs", "/nothing", f"/devices?token={api}"):
+                async with client.session.get(f"http://127.0.0.1:{client.port}{path}", headers=headers) as response:
+                    assert response.status == 401, (path, headers)
+                    assert "Basic" in response.headers["WWW-Authenticate"]
+                    assert (await response.json())["error_code"] == "UNAUTHORIZED"
+            assert await client.get("/health", headers=headers) == {"status": "ok"}
+        url = f"ws://127.0.0.1:{client.port}/ws/a"
+        for query, headers in (
+            (f"?token={device}", {}),
+            ("", {"Authorization": f"Bearer {device}"}),
+            ("", {"Authorization": device}),
+            ("", basic("board", device)),
+        ):
+            async with await websockets.connect(url + query, additional_headers=headers, proxy=None) as board:
+                await say(board, "heartbeat", device_type="ESP32")
+                await eventually(lambda: client.gateway.registry.find("a"))
+        for query, headers in (("", {}), (f"?token={api}", {}), ("", {"Authorization": f"Bearer {api}"}), ("?token=", {})):
+            with pytest.raises(websockets.InvalidStatus) as refusal:
+                await websockets.connect(url + query, additional_headers=headers, proxy=None)
+            assert refusal.value.response.status_code == 401
+            assert json.loads(refusal.value.response.body or b"")["error_code"] == "UNAUTHORIZED"
+
+
+@in_a_loop
+async def test_web_pages_of_others_drive_no_robot(database: Path) -> None:
+    async with gateway_on(database, allowed_origins=frozenset({"https://dashboard.example"})) as client, client.board("a"):
+        own = f"http://127.0.0.1:{client.port}"
+        for origin, host, status in (
+            (None, None, 200),
+            (own, None, 200),
+            ("https://dashboard.example", None, 200),
+            ("http://pi.local:8000", "pi.local:8000", 200),
+            ("http://pi", "pi", 200),
+            ("http://[fe80::1]:8000", "[fe80::1]:8000", 200),
+            ("https://evil.example", None, 403),
+            ("http://127.0.0.1:1", None, 403),
+            ("http://rebound.evil.example:8000", "rebound.evil.example:8000", 403),  # a public name for our address
+            ("null", None, 403),
+            ("file://", None, 403),
+            ("https://dashboard.example.evil.example", None, 403),
+        ):
+            headers = {name: value for name, value in (("Origin", origin), ("Host", host)) if value is not None}
+            # as fetch and as a form would send it
+            for content_type in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
+                path = "/command?device_type=none&command_name=x"
+                url = f"http://127.0.0.1:{client.port}{path}"
+                async with client.session.post(url, data=b"{}", headers=headers | {"Content-Type": content_type}) as response:
+                    assert response.status == status, (origin, host)
+                    assert not [name for name in response.headers if name.lower().startswith("access-control")]
+            found, answer = await client.ask("OPTIONS", "/command", headers=headers)
+            assert found == (405 if status == 200 else 403)
+            assert set(answer) == {"error", "error_code"}
+        for origin in ("file://", own, None):
+            async with await connect(client.port, "b", origin=origin):
+                pass
+        for origin in ("https://evil.example", "null", "file:///etc"):
+            with pytest.raises(websockets.InvalidStatus) as refusal:
+                await connect(client.port, "b", origin=origin)
+            assert refusal.value.response.status_code == 403
+
+
+@in_a_loop
+async def test_bodies_that_are_too_large_compressed_or_strange(database: Path) -> None:
+    async with gateway_on(database) as client:
+        url = "/command?device_type=none&command_name=x"
+        assert (await client.post(url, b"[" + b" " * (1 << 20), 413))["error_code"] == "PAYLOAD_TOO_LARGE"
+        for encoding in ("gzip", "deflate", "br", "zstd", "x"):
+            answer = await client.post(url, b"\x1f\x8b\x08", 415, headers={"Content-Encoding": encoding})
+            assert answer["error_code"] == "UNSUPPORTED_MEDIA_TYPE"
+        for charset in ("latin-1", "utf-16", "no-such", '"'):
+            answer = await client.post(url, b"{}", 415, headers={"Content-Type": f"application/json; charset={charset}"})
+            assert answer["error_code"] == "UNSUPPORTED_MEDIA_TYPE"
+        await client.post(url, b"{}", headers={"Content-Type": "application/json; charset=UTF-8"})
+        for head in (b"Content-Length: -1", b"Content-Length: x", b"Content-Length: 5, 6", b"Transfer-Encoding: nonsense"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+            writer.write(b"POST /command HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n{}")
+            async with asyncio.timeout(PATIENCE_S):
+                status = (await reader.readline()).split()[1]
+            assert status.startswith(b"4"), (head, status)
+            writer.close()
+        assert (await client.get("/command-logs"))["total"] == 1
+
+
+@in_a_loop
+async def test_tls(database: Path, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+        ]
+        + ["/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.create_default_context(cafile=str(cert))
+    async with gateway_on(database, tls_cert=cert, tls_key=key) as client:
+        url = f"wss://127.0.0.1:{client.port}/ws/a"
+        async with websockets.connect(url, ssl=context, proxy=None) as board, background(answer_commands(board)):
+            await say(board, "registration", device_type="ESP32")
+            await eventually(lambda: client.gateway.registry.find("a"))
+            command = f"https://127.0.0.1:{client.port}/command?device_id=a&command_name=x&wait=5"
+            async with client.session.post(
+                command, ssl=context, headers={"Origin": f"https://127.0.0.1:{client.port}"}
+            ) as response:
+                assert (await response.json())["status"] == "ack_success"
+        with pytest.raises(aiohttp.ClientError):
+            await client.session.get(f"http://127.0.0.1:{client.port}/health")
+
+
+# ======================================================================================================================
+# A fleet
+# ======================================================================================================================
+
+
+@in_a_loop
+async def test_1000_boards_connect_and_heartbeat_without_one_missed(database: Path) -> None:
+    """The earlier backend stopped dead at the 16th."""
+    amhrpd._raise_file_limit()
+    async with process_on(database) as (process, client):
+        wires = []
+        for at in range(0, 1000, 50):
+            wires += await asyncio.gather(*(Wire.connect(client.port, f"b{n}") for n in range(at, at + 50)))
+        for wire in wires:
+            wire.send(REGISTRATION)
+        await eventually(lambda: all_online(client, 1000))
+        before = {d["device_id"]: d["last_heartbeat"] for d in (await client.get("/devices"))["devices"]}
+        for wire in wires:
+            wire.send('{"message_type":"heartbeat","device_type":"ESP32"}')
+        await eventually(lambda: all_later(client, before))
+        for wire in wires:
+            wire.writer.transport.abort()
+        await eventually(lambda: all_online(client, 0))
+        assert process.popen.poll() is None
+    counts = dict(rows_of(database, "SELECT event, count(*) FROM device_connection_logs GROUP BY event"))
+    assert counts["connected"] == 1000
+
+
+async def all_online(client: Client, count: int) -> bool:
+    return bool((await client.get("/health"))["devices_online"] == count)
+
+
+async def all_later(client: Client, before: dict[str, str]) -> bool:
+    devices = (await client.get("/devices"))["devices"]
+    return all(device["last_heartbeat"] > before[device["device_id"]] for device in devices)
+
+
+def simulate(port: int, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return run("simulate", "--url", f"http://127.0.0.1:{port}", *arguments, **environ)
+
+
+@in_a_loop
+async def test_simulated_fleet_finds_everything_kept(database: Path) -> None:
+    tokens = {"AMHRPD_API_TOKEN": "token-of-callers", "AMHRPD_DEVICE_TOKEN": "token-of-boards"}
+    async with gateway_on(database, api_token=tokens["AMHRPD_API_TOKEN"], device_token=tokens["AMHRPD_DEVICE_TOKEN"]) as client:
+        options = ("--devices", "12", "--duration", "3", "--status-interval", "0.05", "--reconnect-rate", "10")
+        result = await asyncio.to_thread(simulate, client.port, *options, "--failure-rate", "0.5", "--commands", "3", **tokens)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert re.search(r"^missing +nothing$", result.stdout, re.MULTILINE)
+        (sent, found) = re.findall(r"^snapshots +(\d+) sent, (\d+) in the history", result.stdout, re.MULTILINE)[0]
+        assert int(sent) >= int(found) > 100
+        assert len(client.gateway.registry) == 12
+        headers = {"Authorization": "Bearer token-of-callers"}
+        logs = (await client.get("/command-logs", headers=headers))["logs"]
+        assert len(logs) == 3
+        assert "token-of" not in (await asyncio.to_thread(run, "simulate", "--help", **tokens)).stdout
+
+
+@in_a_loop
+async def test_simulation_with_something_missing_ends_with_1(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await asyncio.to_thread(simulate, free_port())).returncode == 1
+    put = amhrpd.Store.put_snapshot
+
+    def lose_one(self: amhrpd.Store, device_id: str, device_type: str, state: str, timestamp: datetime) -> bool:
+        return '"seq":3,' in state or put(self, device_id, device_type, state, timestamp)
+
+    monkeypatch.setattr(amhrpd.Store, "put_snapshot", lose_one)
+    async with gateway_on(database) as client:
+        result = await asyncio.to_thread(
+            simulate, client.port, "--devices", "2", "--duration", "1", "--status-interval", "0.05"
+        )
+        assert result.returncode == 1
+        assert "sim_0001: 1 of" in result.stdout
