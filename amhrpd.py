@@ -844,6 +844,7 @@ class Store:
         self._file_lock: int | None = None
         self._swap = threading.Lock()  # held by a read, and by the writer while it moves a corrupt file aside
         self._notice: str | None = None
+        self._damage = ""
 
         self._guard = threading.Lock()  # of everything from here to the threads
         self._pending = Batch()
@@ -1254,14 +1255,14 @@ class Store:
             self._rows_rejected += len(rejected)
 
     def _report_corruption(self, damage: str) -> None:
-        self._notice = damage
+        self._damage = damage
         self._is_corrupt.set()
         self._wake(urgent=True)
 
     def _replace_corrupt_file(self) -> None:
         """Move a file that turned out to be corrupt while in use aside, and begin a fresh one with the devices known."""
         with self._swap:
-            self._start_afresh(self._notice or "malformed")
+            self._start_afresh(self._damage)
         self._is_corrupt.clear()
         with self._guard:
             devices = list(self._known_devices.values())
@@ -2599,6 +2600,7 @@ STORE = web.AppKey("store", Store)
 MAX_CONNECTIONS = 4096
 # Also bounds connections that never send a request or never finish its headers; callers reconnect when they poll slower.
 KEEPALIVE_TIMEOUT_S = 15.0
+LINGERING_TIME_S = 2.0  # for the rest of a body that was refused, so that the caller gets to read why
 UNREAD_TIMEOUT_S = 30.0  # a caller that takes nothing of its answer for so long is dropped
 HANDLERS_TIMEOUT_S = 3.0  # at a stop, for answers that are under way
 STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's TimeoutStopSec is above the sum of all
@@ -2640,6 +2642,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
         access_log=None,
         keepalive_timeout=KEEPALIVE_TIMEOUT_S,
         shutdown_timeout=HANDLERS_TIMEOUT_S,
+        lingering_time=LINGERING_TIME_S,
         auto_decompress=False,
     )
     loop = asyncio.get_running_loop()
@@ -3228,7 +3231,9 @@ def _serve(words: Sequence[str]) -> int:
 
 def _simulate(words: Sequence[str]) -> int:
     values = vars(_simulate_parser().parse_args(words))
-    plan = FleetPlan(**{name: value for name, value in values.items() if value is not None})
+    for name in ("api_token", "device_token"):
+        values.setdefault(name, os.environ.get(f"AMHRPD_{name.upper()}") or None)
+    plan = FleetPlan(**values)
     return asyncio.run(_until_signal(lambda stop: Fleet(plan).play(stop)))
 
 
@@ -3293,10 +3298,7 @@ def _simulate_parser() -> argparse.ArgumentParser:
     for kind in ("api", "device"):
         variable = f"AMHRPD_{kind.upper()}_TOKEN"
         text = f"token, better given as the variable {variable}"
-        # The variable's value must not be shown as a default.
         parser.add_argument(f"--{kind}-token", metavar="TOKEN", help=text, default=argparse.SUPPRESS)
-        if os.environ.get(variable):
-            parser.set_defaults(**{f"{kind}_token": os.environ[variable]})
     return parser
 
 

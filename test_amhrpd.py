@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -1512,7 +1513,7 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.pem").write_text("no certificate")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for arguments, words in (
+        cases: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
             (("--port", port), ("127.0.0.1", port, "in use")),
             (("--host", "192.0.2.1", "--port", "0"), ("192.0.2.1",)),
             (("--database-url", "sqlite:////proc/amhrpd.db"), ("/proc/amhrpd.db",)),
@@ -1523,13 +1524,19 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
             (("--database-url", f"sqlite:///{tmp_path}/columns.db"), ("columns.db", "devices", "device_type")),
             (("--tls-cert", f"{tmp_path}/none.pem", "--tls-key", f"{tmp_path}/none.pem"), ("none.pem", "No such file")),
             (("--tls-cert", f"{tmp_path}/bad.pem", "--tls-key", f"{tmp_path}/bad.pem"), ("bad.pem", "certificate")),
-        ):
-            defaults = ("--host", "127.0.0.1", "--port", "0", "--database-url", f"sqlite:///{tmp_path}/a.db")
-            result = run(*defaults, *arguments)
-            assert result.returncode == 1, result
-            (line,) = [line for line in result.stderr.splitlines() if not line.startswith("{")]
-            assert line.startswith("amhrpd: "), result.stderr
-            assert all(word in line for word in words), line
+        ]
+
+        def start(number: int, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+            defaults = ("--host", "127.0.0.1", "--port", "0", "--database-url", f"sqlite:///{tmp_path}/{number}.db")
+            return run(*defaults, *arguments)
+
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(start, range(len(cases)), [arguments for arguments, _ in cases]))
+    for result, (_, words) in zip(results, cases, strict=True):
+        assert result.returncode == 1, result
+        (line,) = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+        assert line.startswith("amhrpd: "), result.stderr
+        assert all(word in line for word in words), line
     assert (tmp_path / "text.db").read_text() == "just some notes\n"
 
 
@@ -1793,12 +1800,15 @@ async def test_kill_9_loses_no_answered_command_and_only_young_telemetry(databas
             sent_s.append(time.monotonic())
             await asyncio.sleep(0.002)
 
-    async with process_on(database, AMHRPD_COMMIT_INTERVAL="0.3") as (process, client), client.board("a") as board:
-        async with background(answer_commands(board), report(board), order(client)):
-            await eventually(lambda: len(taken) > 100 and len(sent_s) > 500)
-            process.popen.kill()
-            killed_s = time.monotonic()
-            await process.exit_code()
+    async with (
+        process_on(database, AMHRPD_COMMIT_INTERVAL="0.3") as (process, client),
+        client.board("a") as board,
+        background(answer_commands(board), report(board), order(client)),
+    ):
+        await eventually(lambda: len(taken) > 100 and len(sent_s) > 500)
+        process.popen.kill()
+        killed_s = time.monotonic()
+        await process.exit_code()
     stored = {command_id for (command_id,) in rows_of(database, "SELECT command_id FROM command_logs")}
     assert set(taken) <= stored
     snapshots = {n for (n,) in rows_of(database, "SELECT json_extract(state_data, '$.n') FROM device_state_snapshots")}
@@ -2029,20 +2039,20 @@ def mutated_frames(count: int, seed: int) -> list[bytes]:
     spices = [
         b"\xff",
         b"\x00",
+        b"\xc3",
         b"{",
         b"}",
         b"[",
         b"]",
         b'"',
         b"\\",
+        b",",
+        b":",
         b"\\ud800",
         b"NaN",
         b"1e999",
         b"9" * 50,
-        b",",
-        b":",
         b"null",
-        b"\xc3",
     ]
     frames = []
     for _ in range(count):
@@ -2084,8 +2094,8 @@ async def test_100000_mutated_frames_beside_a_working_board(database: Path) -> N
             for at in range(0, len(frames), 100):
                 wire.writer.write(b"".join(frames[at : at + 100]))
                 await wire.writer.drain()
-            wire.send(b"\x03\xe8", opcode=8)
-            await wire.writer.drain()
+            wire.send('{"message_type":"status","device_type":"ESP32","payload":{"attack":"over"}}')
+            await eventually(lambda: state_is(client, f"hostile_{number}", {"attack": "over"}), within_s=20)
         await wire.close()
 
     async def order(times: int) -> None:
@@ -2148,13 +2158,13 @@ async def test_flood_and_a_fight_for_an_id_leave_the_others_alone(database: Path
     round_trips_s: list[float] = []
     async with process_on(database) as (process, client), client.board("good") as board, background(answer_commands(board)):
         async with background(flood(1), flood(2), fight(), fight(), dangle()) as attackers:
-            for _ in range(100):
+            for _ in range(50):
                 began_s = time.monotonic()
                 answer = await client.post("/command?device_id=good&command_name=x&wait=10")
                 assert (answer["status"], answer.get("persisted", True)) == ("ack_success", True)
                 round_trips_s.append(time.monotonic() - began_s)
             assert not any(task.done() for task in attackers)
-        assert sorted(round_trips_s)[98] < 0.5
+        assert max(round_trips_s) < 0.5
         assert await client.events("good") == ["connected"]
         history = await client.events("contested")
         assert history[::2] == ["connected"] * len(history[::2])
@@ -2167,6 +2177,7 @@ async def test_flood_and_a_fight_for_an_id_leave_the_others_alone(database: Path
 async def test_connections_that_never_finish_a_request_are_dropped(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd, "KEEPALIVE_TIMEOUT_S", 0.3)
     monkeypatch.setattr(amhrpd, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(amhrpd, "LINGERING_TIME_S", 0.1)
     async with gateway_on(database) as client:
         for start in (
             b"",
@@ -2176,7 +2187,7 @@ async def test_connections_that_never_finish_a_request_are_dropped(database: Pat
             reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
             writer.write(start)
             async with asyncio.timeout(PATIENCE_S):
-                answer = await reader.read(1 << 16)
+                answer = await reader.read()
             assert not answer or answer.startswith(b"HTTP/1.1 408 ")
             writer.close()
 
@@ -2187,7 +2198,7 @@ async def test_caller_that_takes_nothing_of_its_answer_is_dropped(database: Path
     async with gateway_on(database) as client, client.board("a") as board:
         for n in range(200):
             await say(board, "status", payload={"n": n, "text": "x" * 60000})
-        await eventually(lambda: client.gateway.registry.get("a").state and '"n":199' in client.gateway.registry.get("a").state)
+        await eventually(lambda: '"n":199,' in str(client.gateway.registry.get("a").state))
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
         began_s = time.monotonic()
         writer.write(b"GET /state-history/a?limit=1000 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -2342,7 +2353,7 @@ async def test_bodies_that_are_too_large_compressed_or_strange(database: Path) -
         for encoding in ("gzip", "deflate", "br", "zstd", "x"):
             answer = await client.post(url, b"\x1f\x8b\x08", 415, headers={"Content-Encoding": encoding})
             assert answer["error_code"] == "UNSUPPORTED_MEDIA_TYPE"
-        for charset in ("latin-1", "utf-16", "no-such", '"'):
+        for charset in ("latin-1", "utf-16", "no-such"):
             answer = await client.post(url, b"{}", 415, headers={"Content-Type": f"application/json; charset={charset}"})
             assert answer["error_code"] == "UNSUPPORTED_MEDIA_TYPE"
         await client.post(url, b"{}", headers={"Content-Type": "application/json; charset=UTF-8"})
@@ -2359,24 +2370,9 @@ async def test_bodies_that_are_too_large_compressed_or_strange(database: Path) -
 @in_a_loop
 async def test_tls(database: Path, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-        ]
-        + ["/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
-        check=True,
-        capture_output=True,
-    )
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost -addext"
+    files = ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
     context = ssl.create_default_context(cafile=str(cert))
     async with gateway_on(database, tls_cert=cert, tls_key=key) as client:
         url = f"wss://127.0.0.1:{client.port}/ws/a"
