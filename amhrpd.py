@@ -1015,7 +1015,7 @@ class Store:
     def _load(self) -> Restored:
         devices: dict[str, Row] = {row["device_id"]: row for row in self._select(sa.select(DEVICES))}
         for row in devices.values():
-            row["metadata_json"] = _clean_json(row["metadata_json"])
+            row["metadata_json"] = "{}" if row["metadata_json"] is None else _clean_json(row["metadata_json"])
             self._known_devices[row["device_id"]] = row.copy()
             row["state"] = row["state_timestamp"] = row["last_event"] = None
         for snapshot in self._select(_latest_of_each_device(SNAPSHOTS)):
@@ -2252,11 +2252,15 @@ class DeviceSocket(Connection):
             self._gateway.end(self, CLOSE_TIMED_OUT, f"not registered within {self._registration_timeout_s:g} s")
 
     def _end_reason(self) -> str:
-        error = self._socket.exception()
-        if error is not None:
-            return str(error) or type(error).__name__
-        code = self._socket.close_code
-        return "the connection was lost" if code in (None, WSCloseCode.ABNORMAL_CLOSURE) else "closed by the device"
+        match self._socket.close_code:
+            case None | WSCloseCode.ABNORMAL_CLOSURE:
+                return "the connection was lost"
+            case WSCloseCode.MESSAGE_TOO_BIG:
+                return "a message was too big"
+            case WSCloseCode.PROTOCOL_ERROR | WSCloseCode.INVALID_TEXT:
+                return "the device broke the WebSocket protocol"
+            case _:
+                return "closed by the device"
 
     async def _receive_all(self) -> None:
         for count in itertools.count(1):

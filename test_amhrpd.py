@@ -1313,7 +1313,7 @@ async def test_database_of_the_earlier_backend_opens_goes_on_and_loses_nothing(d
         devices = {device["device_id"]: device for device in (await client.get("/devices"))["devices"]}
         assert [device["is_online"] for device in devices.values()] == [False] * 3
         assert devices["left_online"]["metadata"] == {"fw": "1", "nan": None}
-        assert devices["odd"]["metadata"] in ({}, None)
+        assert devices["odd"]["metadata"] == {}
         assert devices["offline"]["last_heartbeat"] is None
         states = (await client.get("/state-history/left_online"))["states"]
         assert [s["state_data"] for s in states] == [None, "not json", {"s": "?"}, {"v": None, "w": None, "x": None}, {"a": 1}]
@@ -2126,7 +2126,7 @@ async def test_100000_mutated_frames_beside_a_working_board(database: Path) -> N
         assert (await client.get("/health"))["rows_rejected"] == 0
         assert await client.is_online("good")
         assert "Traceback" not in process.log
-        assert len(process.log.splitlines()) < 200
+        assert len([line for line in process.log.splitlines() if "command_routed" not in line]) < 150
     for (text,) in rows_of(database, "SELECT state_data FROM device_state_snapshots UNION SELECT metadata_json FROM devices"):
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the database"))
 
@@ -2170,7 +2170,7 @@ async def test_flood_and_a_fight_for_an_id_leave_the_others_alone(database: Path
         assert history[::2] == ["connected"] * len(history[::2])
         assert "connected" not in history[1::2]
         assert len(history) > 10
-        assert len(process.log.splitlines()) < 150
+        assert len([line for line in process.log.splitlines() if "command_routed" not in line]) < 100
 
 
 @in_a_loop
