@@ -2894,19 +2894,27 @@ class FleetPlan:
 
 @dataclasses.dataclass(slots=True)
 class Tally:
-    """What a fleet has done so far. Times in seconds."""
+    """What a fleet has done so far. Durations in seconds."""
 
     boards_up: int = 0
     messages: int = 0
     acks: int = 0
-    reconnects: int = 0
     errors: int = 0
     last_error: str = ""
     post_s: list[float] = dataclasses.field(default_factory=list)
     all_acked_s: list[float] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
+    acked_by: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """command_id -> device_id -> when its ack was sent (monotonic)."""
+    ack_sent: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
-    def fail(self, error: str) -> None:
+    def record_ack(self, command_id: str, device_id: str) -> None:
+        """Count an ack that a board has just sent, and wake who waits for it."""
+        self.acks += 1
+        self.acked_by.setdefault(command_id, {})[device_id] = time.monotonic()
+        self.ack_sent.set()
+
+    def record_error(self, error: str) -> None:
         """Count an error and remember what it was."""
         self.errors += 1
         self.last_error = error
@@ -2920,29 +2928,28 @@ class SimulatedBoard:
 
     def __init__(self, plan: FleetPlan, run: str, number: int, tally: Tally, handshakes: asyncio.Semaphore) -> None:
         self.device_id = f"sim_{number:04d}"
+        self.connections = 0
         self.snapshots_sent = 0
         self.unconfirmed: set[int] = set()  # snapshots that may have gone with the power
-        self.acked: dict[str, float] = {}  # command_id -> when the ack was sent (monotonic)
         self._plan = plan
         self._run = run
         self._tally = tally
         self._handshakes = handshakes
         self._first_of_connection = 0
 
-    async def live(self, stop: asyncio.Event, acked: asyncio.Event) -> None:
-        """Connect, work, lose power, come back, until `stop`; `acked` is set with every ack sent."""
+    async def live(self, stop: asyncio.Event) -> None:
+        """Connect, work, lose power, come back, until `stop`."""
         while not stop.is_set():
             try:
-                await self._connect_and_work(stop, acked)
+                await self._connect_and_work(stop)
             except (OSError, TimeoutError, websockets.exceptions.WebSocketException) as error:
-                self._tally.fail(f"{self.device_id}: {error or type(error).__name__}")
+                self._tally.record_error(f"{self.device_id}: {error or type(error).__name__}")
             if not stop.is_set():
-                self._tally.reconnects += 1
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(random.uniform(*self.REBOOT_S)):
                         await stop.wait()
 
-    async def _connect_and_work(self, stop: asyncio.Event, acked: asyncio.Event) -> None:
+    async def _connect_and_work(self, stop: asyncio.Event) -> None:
         credentials = base64.b64encode(f"board:{self._plan.device_token}".encode()).decode()
         async with self._handshakes:
             socket_ = await websockets.connect(
@@ -2958,6 +2965,7 @@ class SimulatedBoard:
                 proxy=None,
             )
         self._first_of_connection = self.snapshots_sent
+        self.connections += 1
         self._tally.boards_up += 1
         try:
             metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
@@ -2968,7 +2976,7 @@ class SimulatedBoard:
             work = [
                 asyncio.create_task(self._heartbeat(socket_)),
                 asyncio.create_task(self._report(socket_)),
-                asyncio.create_task(self._answer(socket_, acked)),
+                asyncio.create_task(self._answer(socket_)),
                 asyncio.create_task(stop.wait()),
                 asyncio.create_task(asyncio.sleep(random.expovariate(rate) if rate else 1e9)),
             ]
@@ -3015,19 +3023,17 @@ class SimulatedBoard:
             await self._send(socket_, {"message_type": "status", "payload": payload})
             await asyncio.sleep(self._plan.status_interval_s)
 
-    async def _answer(self, socket_: websockets.ClientConnection, acked: asyncio.Event) -> None:
+    async def _answer(self, socket_: websockets.ClientConnection) -> None:
         async for frame in socket_:
             message = json.loads(frame)
             if message["message_type"] == "error":
-                self._tally.fail(f"{self.device_id}: {message['error_code']}: {message['error_message']}")
+                self._tally.record_error(f"{self.device_id}: {message['error_code']}: {message['error_message']}")
             elif message["message_type"] == "command":
                 await asyncio.sleep(self._plan.ack_delay_s)
                 status = "failure" if random.random() < self._plan.failure_rate else "success"
                 ack = {"message_type": "command_ack", "device_type": self._plan.device_type}
                 await self._send(socket_, ack | {"command_id": message["command_id"], "status": status})
-                self.acked[message["command_id"]] = time.monotonic()
-                self._tally.acks += 1
-                acked.set()
+                self._tally.record_ack(message["command_id"], self.device_id)
 
 
 class Fleet:
@@ -3044,8 +3050,7 @@ class Fleet:
         self._run = uuid.uuid4().hex[:8]
         handshakes = asyncio.Semaphore(self.HANDSHAKES_AT_ONCE)
         self._boards = [SimulatedBoard(plan, self._run, n, self.tally, handshakes) for n in range(1, plan.devices + 1)]
-        self._acked = asyncio.Event()
-        self._commands: list[tuple[str, int]] = []  # command_id, boards targeted
+        self._commands: dict[str, int] = {}  # command_id -> boards targeted
 
     async def play(self, stop: asyncio.Event) -> int:
         """Play the plan (less, when `stop` is set), print the table. Returns the exit code: 1 if anything is missing."""
@@ -3059,7 +3064,7 @@ class Fleet:
                 return 1
             boards_stop = asyncio.Event()
             began_s = time.monotonic()
-            boards = [asyncio.create_task(board.live(boards_stop, self._acked)) for board in self._boards]
+            boards = [asyncio.create_task(board.live(boards_stop)) for board in self._boards]
             screen = asyncio.create_task(self._show_progress(began_s))
             try:
                 with contextlib.suppress(TimeoutError):
@@ -3068,6 +3073,8 @@ class Fleet:
                         await stop.wait()
                 caller.cancel()
                 await asyncio.gather(caller, return_exceptions=True)
+                if (unsent := self._plan.commands - len(self._commands)) and not stop.is_set():
+                    self.tally.missing.append(f"{unsent} of {self._plan.commands} commands were refused, or late for --duration")
                 worked_s = time.monotonic() - began_s
                 boards_stop.set()
                 await asyncio.gather(*boards)
@@ -3082,7 +3089,7 @@ class Fleet:
 
     async def _send_commands(self, session: aiohttp.ClientSession) -> None:
         deadline_s = time.monotonic() + self.FIRST_BOARDS_TIMEOUT_S
-        while self.tally.boards_up < self._plan.devices and time.monotonic() < deadline_s:
+        while not all(board.connections for board in self._boards) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.1)
         pause_s = max(0.0, self._plan.duration_s - 2 * self.ALL_ACKED_TIMEOUT_S) / max(1, self._plan.commands)
         for number in range(self._plan.commands):
@@ -3093,25 +3100,25 @@ class Fleet:
                     answer = await response.json()
                     response.raise_for_status()
             except (OSError, aiohttp.ClientError, TimeoutError) as error:
-                self.tally.fail(f"POST /command: {error or type(error).__name__}")
-                self.tally.missing.append(f"command {number + 1} was not taken")
+                self.tally.record_error(f"POST /command: {error or type(error).__name__}")
                 continue
             self.tally.post_s.append(time.monotonic() - began_s)
             command_id, targets = answer["command_id"], answer["target_device_count"]
-            self._commands.append((command_id, targets))
-            await self._wait_for_acks(command_id, targets, began_s)
+            self._commands[command_id] = targets
+            if await self._all_acked(command_id, targets):
+                last_s = max(self.tally.acked_by.get(command_id, {}).values(), default=began_s)
+                self.tally.all_acked_s.append(last_s - began_s)
             await asyncio.sleep(max(0.0, began_s + pause_s - time.monotonic()))
 
-    async def _wait_for_acks(self, command_id: str, targets: int, began_s: float) -> None:
+    async def _all_acked(self, command_id: str, targets: int) -> bool:
+        """Wait until so many boards have acked, or ALL_ACKED_TIMEOUT_S are over: False."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.ALL_ACKED_TIMEOUT_S):
-                while True:
-                    self._acked.clear()
-                    times_s = [board.acked[command_id] for board in self._boards if command_id in board.acked]
-                    if len(times_s) >= targets:
-                        self.tally.all_acked_s.append(max(times_s, default=began_s) - began_s)
-                        return
-                    await self._acked.wait()
+                while len(self.tally.acked_by.get(command_id, {})) < targets:
+                    self.tally.ack_sent.clear()
+                    await self.tally.ack_sent.wait()
+                return True
+        return False
 
     async def _audit_snapshots(self, session: aiohttp.ClientSession) -> int:
         """Compare what every board sent with its history. Returns how many snapshots of this run were found."""
@@ -3133,9 +3140,9 @@ class Fleet:
 
     async def _audit_commands(self, session: aiohttp.ClientSession) -> None:
         """Compare the acks that the boards sent with the command log."""
-        for command_id, targets in self._commands:
+        for command_id, targets in self._commands.items():
             answers = await self._ask(session, f"/command-logs/{command_id}", "response_data") or {}
-            acked = {board.device_id for board in self._boards if command_id in board.acked}
+            acked = self.tally.acked_by.get(command_id, {}).keys()
             if lost := acked - answers.keys():
                 self.tally.missing.append(f"command {command_id}: {len(lost)} acks")
             if len(acked) < targets and not self._plan.reconnect_rate:
@@ -3176,7 +3183,7 @@ class Fleet:
             ("acks sent", str(tally.acks)),
             ("POST /command", _percentiles(tally.post_s)),
             ("all boards acked", _percentiles(tally.all_acked_s)),
-            ("reconnects", str(tally.reconnects)),
+            ("reconnects", str(sum(max(0, board.connections - 1) for board in self._boards))),
             ("errors", f"{tally.errors}" + (f" (the last: {tally.last_error})" if tally.errors else "")),
             ("snapshots", f"{sent} sent, {snapshots_found} in the history, {unconfirmed} under way at a power cut"),
             ("missing", "nothing" if not tally.missing else f"{len(tally.missing)} things"),

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -2126,7 +2127,11 @@ async def test_100000_mutated_frames_beside_a_working_board(database: Path) -> N
         assert (await client.get("/health"))["rows_rejected"] == 0
         assert await client.is_online("good")
         assert "Traceback" not in process.log
-        assert len([line for line in process.log.splitlines() if "command_routed" not in line]) < 150
+        # Whatever 100,000 frames say: in a minute each event of each board has ten lines at the most.
+        events = [json.loads(line) for line in process.log.splitlines()]
+        lines = Counter((event["event"], event.get("device_id")) for event in events if event.get("device_id") != "good")
+        assert max(lines.values()) <= 10, lines.most_common(3)
+        assert len(lines) < 50
     for (text,) in rows_of(database, "SELECT state_data FROM device_state_snapshots UNION SELECT metadata_json FROM devices"):
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the database"))
 
@@ -2433,16 +2438,18 @@ def simulate(port: int, *arguments: str, **environ: str) -> subprocess.Completed
 async def test_simulated_fleet_finds_everything_kept(database: Path) -> None:
     tokens = {"AMHRPD_API_TOKEN": "token-of-callers", "AMHRPD_DEVICE_TOKEN": "token-of-boards"}
     async with gateway_on(database, api_token=tokens["AMHRPD_API_TOKEN"], device_token=tokens["AMHRPD_DEVICE_TOKEN"]) as client:
-        options = ("--devices", "12", "--duration", "3", "--status-interval", "0.05", "--reconnect-rate", "10")
-        result = await asyncio.to_thread(simulate, client.port, *options, "--failure-rate", "0.5", "--commands", "3", **tokens)
+        options = ("--devices", "12", "--duration", "3", "--status-interval", "0.05", "--reconnect-rate", "20")
+        result = await asyncio.to_thread(simulate, client.port, *options, "--failure-rate", "0.5", "--commands", "1", **tokens)
         assert result.returncode == 0, result.stdout + result.stderr
         assert re.search(r"^missing +nothing$", result.stdout, re.MULTILINE)
         (sent, found) = re.findall(r"^snapshots +(\d+) sent, (\d+) in the history", result.stdout, re.MULTILINE)[0]
         assert int(sent) >= int(found) > 100
+        (reconnects,) = re.findall(r"^reconnects +(\d+)$", result.stdout, re.MULTILINE)
+        assert int(reconnects) > 0
         assert len(client.gateway.registry) == 12
         headers = {"Authorization": "Bearer token-of-callers"}
         logs = (await client.get("/command-logs", headers=headers))["logs"]
-        assert len(logs) == 3
+        assert len(logs) == 1
         assert "token-of" not in (await asyncio.to_thread(run, "simulate", "--help", **tokens)).stdout
 
 
@@ -2457,7 +2464,8 @@ async def test_simulation_with_something_missing_ends_with_1(database: Path, mon
     monkeypatch.setattr(amhrpd.Store, "put_snapshot", lose_one)
     async with gateway_on(database) as client:
         result = await asyncio.to_thread(
-            simulate, client.port, "--devices", "2", "--duration", "1", "--status-interval", "0.05"
+            simulate, client.port, "--devices", "2", "--duration", "1", "--status-interval", "0.05", "--ack-delay", "0.7"
         )
         assert result.returncode == 1
-        assert "sim_0001: 1 of" in result.stdout
+        assert re.search(r"missing: sim_0001: 1 of \d+ snapshots$", result.stdout, re.MULTILINE), result.stdout
+        assert re.search(r"missing: \d of 10 commands ", result.stdout), result.stdout
