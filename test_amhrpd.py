@@ -1399,7 +1399,7 @@ async def test_tables_are_the_contracts(database: Path) -> None:
         assert client.rows("SELECT is_online, disconnected_at, metadata_json FROM devices") == [(1, None, "{}")]
         assert client.rows("SELECT response_data IS NULL FROM command_logs") == [(1,)]
         assert client.rows("PRAGMA journal_mode") == [("wal",)]
-        connection = client.store._database.engine.connect()
+        connection = client.store._file._database.engine.connect()
         with connection:
             assert connection.execute(sa.text("PRAGMA foreign_keys")).scalar() == 1
             assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 1
@@ -1409,7 +1409,7 @@ async def test_tables_are_the_contracts(database: Path) -> None:
 async def test_every_query_goes_by_an_index_and_every_index_has_a_query(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a"):
         statements: list[str] = []
-        engine = client.store._database.engine
+        engine = client.store._file._database.engine
 
         def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
             if statement.lstrip().upper().startswith("SELECT"):
@@ -1440,13 +1440,13 @@ async def test_every_query_goes_by_an_index_and_every_index_has_a_query(database
 @in_a_loop
 async def test_live_answers_never_touch_the_database(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a"):
-        client.store._swap.acquire()  # the reader is shut out
+        client.store._file._swap.acquire()  # the reader is shut out
         try:
             for path in ("/health", "/devices", "/devices/a"):
                 async with asyncio.timeout(2):
                     await client.get(path)
         finally:
-            client.store._swap.release()
+            client.store._file._swap.release()
 
 
 # ======================================================================================================================
@@ -1496,7 +1496,7 @@ def test_flags_win_over_the_environment_and_defaults_are_the_documented_ones() -
 def test_help_and_version_and_import() -> None:
     assert run("--version").stdout == f"amhrpd {amhrpd.VERSION}\n"
     shown = run("--help").stdout
-    for option in amhrpd.OPTIONS:
+    for option in amhrpd.OPTIONS.values():
         assert option.variable in shown
     assert "--reconnect-rate" in run("simulate", "--help").stdout
     assert subprocess.run([sys.executable, "-c", "import amhrpd"], capture_output=True, cwd=HERE, check=True).stdout == b""
@@ -1648,7 +1648,8 @@ async def test_watchdog_stops_when_the_writer_thread_has_died(
             assert (
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(writer.ident or 0), ctypes.py_object(SystemExit)) == 1
             )
-            client.store._wake(urgent=True)
+            with client.store._guard:
+                client.store._wake_writer(urgent=True)
             await eventually(lambda: not writer.is_alive())
             count = len(systemd.listen())
             health = await client.get("/health", 503)
@@ -1695,7 +1696,7 @@ def test_unit_is_what_systemd_takes() -> None:
     assert int(values["TimeoutStopSec"].removesuffix("s")) > bound_s
     assert "TOKEN" not in "".join(line for line in unit.splitlines() if not line.startswith("#"))
     for name in re.findall(r"(AMHRPD_[A-Z_]+|DATABASE_URL)=", unit):
-        assert name in {option.variable for option in amhrpd.OPTIONS}
+        assert name in {option.variable for option in amhrpd.OPTIONS.values()}
     if shutil.which("systemd-analyze") is not None:
         result = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", str(HERE / "amhrpd.service")], capture_output=True, text=True, check=False
@@ -1976,7 +1977,7 @@ async def test_file_that_turns_out_corrupt_while_in_use_is_replaced_without_a_st
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await fill(database, 300)
-    monkeypatch.setattr(amhrpd.Store, "CHECKED_AT_START_BYTES", 0)  # as if it were too large to be checked at the start
+    monkeypatch.setattr(amhrpd.DatabaseFile, "CHECKED_AT_START_BYTES", 0)  # as if it were too large to be checked at the start
     spoil(database, 20)
     async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
         health = await eventually(lambda: notice(client))
@@ -2007,7 +2008,7 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
     async with gateway_on(database) as client, client.board("a") as board:
         await client.get("/state-history/a")
         commits: list[Any] = []
-        sa.event.listen(client.store._database.engine, "commit", commits.append)
+        sa.event.listen(client.store._file._database.engine, "commit", commits.append)
         for _ in range(50):
             await say(board, "heartbeat")
         await say(board, "reboot")  # its refusal tells that all were handled
@@ -2199,7 +2200,7 @@ async def test_connections_that_never_finish_a_request_are_dropped(database: Pat
 
 @in_a_loop
 async def test_caller_that_takes_nothing_of_its_answer_is_dropped(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd, "UNREAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(amhrpd.UnreadAnswers, "TIMEOUT_S", 0.5)
     async with gateway_on(database) as client, client.board("a") as board:
         for n in range(200):
             await say(board, "status", payload={"n": n, "text": "x" * 60000})
@@ -2401,7 +2402,7 @@ async def test_tls(database: Path, tmp_path: Path) -> None:
 @in_a_loop
 async def test_1000_boards_connect_and_heartbeat_without_one_missed(database: Path) -> None:
     """The earlier backend stopped dead at the 16th."""
-    amhrpd._raise_file_limit()
+    amhrpd.raise_open_files_limit()
     async with process_on(database) as (process, client):
         wires = []
         for at in range(0, 1000, 50):
