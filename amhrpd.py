@@ -34,6 +34,7 @@ import fcntl
 import functools
 import gc
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -48,9 +49,11 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
@@ -66,7 +69,8 @@ import msgspec
 import sqlalchemy as sa
 import structlog
 import websockets
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from sqlalchemy.dialects import sqlite
 
 VERSION = "1.0.0"
@@ -140,8 +144,15 @@ def _token(text: str) -> str:
     return text
 
 
+def normal_origin(origin: str) -> str:
+    """An origin as browsers write it: in lower case, without the port that its scheme implies (RFC 6454)."""
+    origin = origin.lower()
+    default_port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "")
+    return origin.removesuffix(default_port) if default_port else origin
+
+
 def _origins(text: str) -> frozenset[str]:
-    origins = frozenset(part.strip().rstrip("/").lower() for part in text.split(",") if part.strip())
+    origins = frozenset(normal_origin(part.strip().rstrip("/")) for part in text.split(",") if part.strip())
     for origin in origins:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/,]*", origin):
             raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, with commas between")
@@ -548,7 +559,10 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
     """
     fields: dict[str, Any] = dict(query)
     if "payload" in query:
-        fields["payload"] = decode_json(query["payload"].encode())
+        try:
+            fields["payload"] = decode_json(query["payload"].encode())
+        except InvalidMessage as error:
+            raise InvalidMessage(f"payload in the query: {error}") from None
     if body.strip():
         content = decode_json(body)
         if "command_name" in query and ("device_type" in query or "device_id" in query):
@@ -949,7 +963,7 @@ class DatabaseFile:
     """
 
     CHECKED_AT_START_BYTES = 8 << 20  # 0.2 s of an SD card's reading; a larger file is for `check`
-    RESTORED_COMMANDS = 1000  # of those that are open, and as many that timed out
+    RESTORED_CLOSED_COMMANDS = 1000  # the latest that still lack answers; of the open ones all
     MAGIC = b"SQLite format 3\x00"
 
     def __init__(self, path: Path) -> None:
@@ -986,18 +1000,18 @@ class DatabaseFile:
             raise StartError(f"can't open the database {self.path}: {_cause(error)}") from None
 
     def make_usable(self) -> bool:
-        """Replace a file that has damage by a fresh one; True where that was done. Where it failed, call it again."""
+        """Open the file, and first move it aside if it has damage; True where that was to do. After a failure, try again."""
         with self._swap:
-            is_corrupt = self.damage is not None
-            if is_corrupt:
+            if self.damage is not None:
                 self._disconnect()
                 self._move_aside()
                 self.damage = None
-            if self._database is None:
-                self._acquire_lock()
-                with self._noting_damage():
-                    self._connect()
-            return is_corrupt
+            if self._database is not None:
+                return False
+            self._acquire_lock()
+            with self._noting_damage():
+                self._connect()
+            return True
 
     @contextlib.contextmanager
     def _noting_damage(self) -> Iterator[None]:
@@ -1013,9 +1027,11 @@ class DatabaseFile:
         self._release_lock()
         lock = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
+            if not stat.S_ISREG(os.fstat(lock).st_mode):
+                raise StartError(f"the database {self.path} is no regular file")
             # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BaseException:
             os.close(lock)
             raise
         self._lock = lock
@@ -1060,7 +1076,7 @@ class DatabaseFile:
 
     def _connect(self) -> None:
         database = dataset.connect(
-            f"sqlite:///{self.path}",
+            sa.URL.create("sqlite", database=str(self.path)).render_as_string(),
             row_type=dict,
             ensure_schema=False,
             on_connect_statements=[
@@ -1132,9 +1148,8 @@ class DatabaseFile:
         for event in self.select(_latest_of_each_device(CONNECTION_LOGS)):
             devices[event["device_id"]]["last_event"] = event["event"]
         self._close_stale_commands()
-        # The timed out as well: an answer may still come.
-        commands = self._load_commands(OPEN_STATUSES) + self._load_commands((ACK_TIMEOUT,))
-        return Restored(list(devices.values()), commands)
+        closed = self._load_commands((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)
+        return Restored(list(devices.values()), closed + self._load_commands(OPEN_STATUSES))
 
     def _close_stale_commands(self) -> None:
         """Time out what no timeout can have kept open until now: the earlier backend left commands `created` for ever."""
@@ -1146,10 +1161,9 @@ class DatabaseFile:
         except sa.exc.OperationalError as error:  # a full disk: the gateway serves, and the next start tries again
             log.warning("stale_commands_left_open", reason=_cause(error))
 
-    def _load_commands(self, statuses: Sequence[str]) -> list[Row]:
+    def _load_commands(self, statuses: Sequence[str], limit: int | None = None) -> list[Row]:
         is_meant = COMMAND_LOGS.c.status.in_(statuses)
-        newest = sa.select(COMMAND_LOGS).where(is_meant).order_by(_COMMAND_ORDER.desc()).limit(self.RESTORED_COMMANDS)
-        rows = self.select(newest)
+        rows = self.select(sa.select(COMMAND_LOGS).where(is_meant).order_by(_COMMAND_ORDER.desc()).limit(limit))
         for row in rows:
             row["payload"] = _clean_json(row["payload"])
             row["response_data"] = None if row["response_data"] is None else _clean_json(row["response_data"])
@@ -1324,13 +1338,14 @@ class Store:
                 self._changed.notify()
             return True
 
-    def put_command(self, row: Row, answers_bytes: int) -> bool:
+    def put_command(self, row: Row, content_bytes: int) -> bool:
         """Write a command row as it is now. False where the records' limit is reached and it was dropped.
 
-        `response_data` is a dictionary of device_id -> encoded answer, which take `answers_bytes` in all, or None.
+        `response_data` is a dictionary of device_id -> encoded answer, or None; `content_bytes` is the memory of payload
+        and answers.
         """
         command_id = row["command_id"]
-        cost_bytes = ROW_OVERHEAD_BYTES + len(row["payload"]) + answers_bytes
+        cost_bytes = ROW_OVERHEAD_BYTES + content_bytes
         with self._guard:
             _, previous_bytes = self._pending.commands.get(command_id, (None, 0))
             if not self._take_room(cost_bytes - previous_bytes, self.RECORDS_LIMIT_BYTES):
@@ -1339,9 +1354,9 @@ class Store:
             self._record_put(urgent=True)
             return True
 
-    async def commit_command(self, row: Row, answers_bytes: int, timeout_s: float) -> bool:
+    async def commit_command(self, row: Row, content_bytes: int, timeout_s: float) -> bool:
         """Write a command row and wait until it is committed. False after `timeout_s`, or at once when writes fail now."""
-        if not self.put_command(row, answers_bytes) or self.health().reason is not None:
+        if not self.put_command(row, content_bytes) or self.health().reason is not None:
             return False
         return await self._written(self._records_put, 0, timeout_s)
 
@@ -1677,11 +1692,14 @@ class Device:
 class Registry:
     """Every device known, by id. The truth about who is online."""
 
-    # Ids are free to invent for whoever reaches the port, and each is kept for ever: 10,000 cost about 10 MB.
+    # Ids are free to invent for whoever reaches the port, and each is kept for ever: 10,000 cost about 10 MB, and what
+    # they say of themselves on top. GET /devices says it all at once.
     MAX_DEVICES = 10_000
+    MAX_CONTENT_BYTES = 16 << 20
 
     def __init__(self) -> None:
         self._devices: dict[str, Device] = {}
+        self._content_bytes = 0
 
     def __len__(self) -> int:
         return len(self._devices)
@@ -1695,6 +1713,22 @@ class Registry:
     def restore(self, device: Device) -> None:
         """Take in a device of an earlier run, however many there are."""
         self._devices[device.device_id] = device
+        self._content_bytes += len(device.metadata) + len(device.state or "")
+
+    def describe(self, device: Device, metadata: JsonText) -> None:
+        """Keep a device's metadata. Raises ResourceExhausted."""
+        self._grow(len(metadata) - len(device.metadata))
+        device.metadata = metadata
+
+    def update(self, device: Device, state: JsonText, moment: datetime) -> None:
+        """Keep a device's latest state. Raises ResourceExhausted."""
+        self._grow(len(state) - len(device.state or ""))
+        device.state, device.state_timestamp = state, moment
+
+    def _grow(self, growth_bytes: int) -> None:
+        if growth_bytes > 0 and self._content_bytes + growth_bytes > self.MAX_CONTENT_BYTES:
+            raise ResourceExhausted(f"metadata and states of all devices take {self.MAX_CONTENT_BYTES} bytes already")
+        self._content_bytes += growth_bytes
 
     def find(self, device_id: str) -> Device | None:
         """The device, or None where never seen."""
@@ -1741,7 +1775,7 @@ class Command:
     completed_at: datetime | None = None
     recipients: set[str] | None = dataclasses.field(default_factory=set)
     answers: dict[str, msgspec.Raw] = dataclasses.field(default_factory=dict)
-    answers_bytes: int = 0  # their memory, for the store's limits
+    content_bytes: int = 0  # memory of payload and answers
     succeeded: set[str] = dataclasses.field(default_factory=set)
     failed: set[str] = dataclasses.field(default_factory=set)
     is_persisted: bool = True
@@ -1749,6 +1783,9 @@ class Command:
     expiry: asyncio.TimerHandle | None = None
 
     ANSWER_OVERHEAD_BYTES: ClassVar[int] = 200  # of a dictionary's entry and its key
+
+    def __post_init__(self) -> None:
+        self.content_bytes = len(self.payload)
 
     @classmethod
     def restore(cls, row: Row, timeout_s: float) -> Command:
@@ -1792,8 +1829,9 @@ class Command:
     def may_be_answered_by(self, device: Device) -> bool:
         """Whether the command was sent to the device, as far as is known."""
         if self.recipients is None:
-            is_known = device.device_id in self.answers or len(self.answers) < self.target_device_count
-            return is_known and device.device_type == self.device_type
+            answered = self.succeeded | self.failed
+            is_missing = len(answered) < self.target_device_count
+            return (device.device_id in answered or is_missing) and device.device_type == self.device_type
         return device.device_id in self.recipients
 
     def record_answer(self, device_id: str, ack: CommandAck) -> bool:
@@ -1827,7 +1865,7 @@ class Command:
     def _keep_answer(self, device_id: str, answer: object) -> None:
         encoded = to_json(answer)
         self.answers[device_id] = raw(encoded)
-        self.answers_bytes += self.ANSWER_OVERHEAD_BYTES + len(encoded)
+        self.content_bytes += self.ANSWER_OVERHEAD_BYTES + len(encoded)
 
     def conclude(self, status: str) -> None:
         """No answer is awaited any more."""
@@ -1874,13 +1912,13 @@ class Commands:
     """The commands that are open, and the latest of those that were: late and repeated answers find them here."""
 
     MAX_OPEN = 5000
-    MAX_PAYLOAD_BYTES = 16 << 20  # of all that are open; 1,000 of the largest that a board could take
     MAX_CLOSED = 2000
+    MAX_CONTENT_BYTES = 16 << 20  # payloads and answers, of those that are open and of the others: 1,000 of the largest
 
     def __init__(self) -> None:
         self._open: dict[str, Command] = {}
         self._closed: dict[str, Command] = {}
-        self._payload_bytes = 0
+        self._open_bytes = self._closed_bytes = 0
 
     def __len__(self) -> int:
         """How many are open."""
@@ -1888,7 +1926,7 @@ class Commands:
 
     def add(self, command: Command) -> None:
         """Take an open command in. Raises ResourceExhausted when too many are open."""
-        if len(self._open) >= self.MAX_OPEN or self._payload_bytes + len(command.payload) > self.MAX_PAYLOAD_BYTES:
+        if len(self._open) >= self.MAX_OPEN or self._open_bytes + command.content_bytes > self.MAX_CONTENT_BYTES:
             raise ResourceExhausted(f"{len(self._open)} commands are waiting for answers; try again when some are finished")
         self.restore(command)
 
@@ -1896,7 +1934,7 @@ class Commands:
         """Take in a command of an earlier run, however many there are."""
         if command.is_open:
             self._open[command.command_id] = command
-            self._payload_bytes += len(command.payload)
+            self._open_bytes += command.content_bytes
         else:
             self.close(command)
 
@@ -1904,16 +1942,31 @@ class Commands:
         """The command, open or closed lately, or None."""
         return self._open.get(command_id) or self._closed.get(command_id)
 
+    def record_answer(self, command: Command, device_id: str, ack: CommandAck) -> bool:
+        """See Command. The command is closed when its last answer is there."""
+        before_bytes = command.content_bytes
+        is_new = command.record_answer(device_id, ack)
+        growth_bytes = command.content_bytes - before_bytes
+        if command.command_id in self._open:
+            self._open_bytes += growth_bytes
+            if not command.is_open:
+                self.close(command)
+        else:
+            self._closed_bytes += growth_bytes
+        return is_new
+
     def close(self, command: Command) -> None:
-        """Keep a command for late answers only. The oldest of those is forgotten when there are too many."""
+        """Keep a command for late answers only. The oldest of those are forgotten when they are too many."""
         if command.expiry is not None:
             command.expiry.cancel()
             command.expiry = None
         if self._open.pop(command.command_id, None) is not None:
-            self._payload_bytes -= len(command.payload)
+            self._open_bytes -= command.content_bytes
         self._closed[command.command_id] = command
-        if len(self._closed) > self.MAX_CLOSED:
-            del self._closed[next(iter(self._closed))]
+        self._closed_bytes += command.content_bytes
+        while len(self._closed) > self.MAX_CLOSED or self._closed_bytes > self.MAX_CONTENT_BYTES:
+            oldest = self._closed.pop(next(iter(self._closed)))
+            self._closed_bytes -= oldest.content_bytes
 
     def release_all(self) -> None:
         """For a stop: who waits gets the command as it is, no timer is left, and what is open stays so in the database."""
@@ -2139,7 +2192,7 @@ class Gateway:
         device = self._admit(connection, message)
         device.device_type = message.device_type
         if message.metadata is not None:
-            device.metadata = to_json(message.metadata)
+            self.registry.describe(device, to_json(message.metadata))
         self._save_device(device)
 
     def record_heartbeat(self, connection: Connection, message: Heartbeat) -> None:
@@ -2150,10 +2203,9 @@ class Gateway:
     def record_status(self, connection: Connection, message: Status) -> None:
         """A board reports its state. Raises Unauthorized, ResourceExhausted."""
         device = self._admit(connection, message)
-        now = utc_now()
-        device.state = to_json(message.payload)
-        device.state_timestamp = now
-        if not self._store.put_snapshot(device.device_id, device.device_type, device.state, now):
+        state, now = to_json(message.payload), utc_now()
+        self.registry.update(device, state, now)
+        if not self._store.put_snapshot(device.device_id, device.device_type, state, now):
             self.repeats.warning("snapshots_dropped", "", device_id=device.device_id)
 
     def acknowledge(self, connection: Connection, message: CommandAck) -> None:
@@ -2162,10 +2214,8 @@ class Gateway:
         command = self.commands.find(message.command_id)
         if command is None or not command.may_be_answered_by(device):
             raise CommandNotFound(f"command {message.command_id[:64]!r} was not sent to this device")
-        if command.record_answer(device.device_id, message):
+        if self.commands.record_answer(command, device.device_id, message):
             self._save_command(command)
-            if not command.is_open:
-                self.commands.close(command)
             log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
 
     def report_error(self, connection: Connection, message: ErrorReport) -> None:
@@ -2240,7 +2290,7 @@ class Gateway:
             self._expire_later(command)  # whatever happens to this request, the command ends
         else:
             command.conclude(NO_DEVICES)
-        command.is_persisted = await self._store.commit_command(command.row(), command.answers_bytes, self.PERSIST_TIMEOUT_S)
+        command.is_persisted = await self._store.commit_command(command.row(), command.content_bytes, self.PERSIST_TIMEOUT_S)
         if targets:
             await self._send_command(command, frame, targets)
         log.info(
@@ -2291,7 +2341,7 @@ class Gateway:
         self._save_command(command)
 
     def _save_command(self, command: Command) -> None:
-        if not self._store.put_command(command.row(), command.answers_bytes):
+        if not self._store.put_command(command.row(), command.content_bytes):
             self.repeats.warning("command_row_dropped", "", command_id=command.command_id)
 
     def _expire_later(self, command: Command) -> None:
@@ -2353,6 +2403,9 @@ class Gateway:
 # ======================================================================================================================
 
 
+NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
+
+
 class DeviceSocket(Connection):
     """One board's WebSocket: frames in, verbs out; frames to the board. The task that serves the handshake owns it all."""
 
@@ -2368,10 +2421,11 @@ class DeviceSocket(Connection):
         self._registration_timeout_s = settings.registration_timeout_s
         self._request = request
         self._farewell: tuple[int, str] | None = None
+        self._close_code: int | None = None  # of a close that came from the other side, or from what it sent
         self._receiving: asyncio.Timeout | None = None
         self._socket = web.WebSocketResponse(
             heartbeat=settings.ping_interval_s,
-            max_msg_size=settings.max_message_bytes,
+            max_msg_size=settings.max_message_bytes + 1,  # the library refuses from its limit on
             timeout=self.CLOSE_TIMEOUT_S,
             compress=False,  # boards would offer what they can't inflate (contract, section 1)
             protocols=("arduino",),
@@ -2441,9 +2495,8 @@ class DeviceSocket(Connection):
             return DISCONNECTED, *self._farewell
         if isinstance(self._socket.exception(), TimeoutError):
             return TIMEOUT, CLOSE_TIMED_OUT, "no answer to pings"
-        code = self._socket.close_code
-        match code:
-            case None | WSCloseCode.ABNORMAL_CLOSURE:
+        match self._close_code:
+            case None:
                 reason = "the connection was lost"
             case WSCloseCode.MESSAGE_TOO_BIG:
                 reason = "a message was too big"
@@ -2451,7 +2504,7 @@ class DeviceSocket(Connection):
                 reason = "the device broke the WebSocket protocol"
             case _:
                 reason = "closed by the device"
-        return DISCONNECTED, code, reason
+        return DISCONNECTED, self._close_code, reason
 
     def _check_registered(self) -> None:
         if self.device is None and not self.is_hung_up:
@@ -2468,7 +2521,14 @@ class DeviceSocket(Connection):
                         self._handle(frame)
                     except GatewayError as error:
                         await self._refuse(error)
-            elif frame.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
+            elif frame.type is WSMsgType.CLOSE:
+                self._close_code = frame.data or NO_STATUS_RECEIVED
+                return
+            elif frame.type is WSMsgType.ERROR:
+                if isinstance(frame.data, WebSocketError):
+                    self._close_code = frame.data.code
+                return
+            elif frame.type in (WSMsgType.CLOSING, WSMsgType.CLOSED):
                 return
             if count % self.TURN_MESSAGES == 0:
                 await self._gateway.pace()
@@ -2510,12 +2570,21 @@ def peer_of(request: web.Request) -> str:
 # ======================================================================================================================
 
 MAX_BODY_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 10  # a payload as long as a board takes, every byte of it escaped in the query
+MAX_HEADER_BYTES = 8190
 BODY_TIMEOUT_S = 10.0
 _DEVICE_ID = re.compile(DEVICE_ID)
 
 # Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
 # that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
 _PRIVATE_DOMAINS = (".local", ".localhost", ".home.arpa", ".internal", ".lan", ".home")
+
+# What a browser asks before it lets a page of an allowed origin call with JSON or a token (the Fetch standard's CORS).
+_PREFLIGHT_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "600",
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -2551,7 +2620,9 @@ class RestApi:
     def routes(self) -> list[web.RouteDef]:
         """Every route, plain and under /api."""
         return [
-            web.route(method, prefix + path, handler) for prefix in ("", "/api") for method, path, handler, _ in self._table
+            web.route(method, prefix + path, handler, expect_handler=_continue)
+            for prefix in ("", "/api")
+            for method, path, handler, _ in self._table
         ]
 
     # -- access and errors ---------------------------------------------------------------------------------------------
@@ -2559,20 +2630,36 @@ class RestApi:
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let a request in or not, and give every error its one shape."""
+        access = self._access.get(request.match_info.handler, Access.CALLERS)  # no such route: no more than callers
         try:
-            access = self._access.get(request.match_info.handler, Access.CALLERS)  # no such route: no more than callers
-            self._check_origin(request, access)
-            self._check_token(request, access)
-            return await handler(request)
+            response = await self._answer(request, access, handler)
         except GatewayError as error:
-            return self._error_response(request, error)
+            response = self._error_response(request, error)
         except web.HTTPException as error:
-            return self._error_response(request, _translate(request, error), error.headers.get("Allow"))
+            response = self._error_response(request, _translate(request, error))
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
         except Exception:
             log.exception("request_failed", method=request.method, path=request.path)
-            return self._error_response(request, InternalError("internal error; the gateway's log says more"))
+            response = self._error_response(request, InternalError("internal error; the gateway's log says more"))
+        if response.prepared:
+            return response
+        if access is Access.BOARDS:
+            response.force_close()  # a refused board says more, which is no request (contract, section 1)
+        if self._is_from_allowed_page(request):
+            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+            response.headers["Vary"] = "Origin"
+        return response
 
-    def _error_response(self, request: web.Request, error: GatewayError, allow: str | None = None) -> web.Response:
+    async def _answer(self, request: web.Request, access: Access, handler: Handler) -> web.StreamResponse:
+        self._check_origin(request, access)
+        is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        if is_preflight and self._is_from_allowed_page(request):
+            return web.Response(status=204, headers=_PREFLIGHT_HEADERS)
+        self._check_token(request, access)
+        return await handler(request)
+
+    def _error_response(self, request: web.Request, error: GatewayError) -> web.StreamResponse:
         if isinstance(error, Unauthorized | Forbidden):
             self._gateway.repeats.warning(
                 "request_refused", peer_of(request), peer=peer_of(request), path=request.path, error=str(error)
@@ -2581,24 +2668,22 @@ class RestApi:
             log.debug(
                 "request_refused", method=request.method, path=request.path, error_code=error.error_code, error=str(error)
             )
-        response = json_response({"error": str(error), "error_code": error.error_code}, error.status)
+        response = error_response(error)
         if isinstance(error, Unauthorized):
             response.headers["WWW-Authenticate"] = 'Bearer realm="AMHR-PD", Basic realm="AMHR-PD"'
-        if allow is not None:
-            response.headers["Allow"] = allow
         return response
 
     def _check_origin(self, request: web.Request, access: Access) -> None:
         """Raise Forbidden for what a browser sends on behalf of a web page that isn't ours."""
         origin = request.headers.get("Origin")
-        if origin is None:
-            return
-        origin = origin.lower()
-        if origin in self._settings.allowed_origins or _is_own_origin(origin, request.host):
+        if origin is None or self._is_from_allowed_page(request) or _is_own_origin(origin, request.host):
             return
         if origin == "file://" and access is Access.BOARDS:
             return  # every board in the field says so (contract, section 1)
         raise Forbidden(f"the origin {origin[:100]!r} is not allowed here; AMHRPD_ALLOWED_ORIGINS can allow it")
+
+    def _is_from_allowed_page(self, request: web.Request) -> bool:
+        return normal_origin(request.headers.get("Origin", "")) in self._settings.allowed_origins
 
     def _check_token(self, request: web.Request, access: Access) -> None:
         """Raise Unauthorized where a token is set and the request doesn't show it."""
@@ -2681,9 +2766,45 @@ class RestApi:
         return json_response(row)
 
 
+class HttpConnection(web.RequestHandler):
+    """A caller's connection. What is no HTTP gets an error of the same shape as all others, and no traceback in the log."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What aiohttp calls for what never reaches a route: requests that can't be parsed, and its own defects."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer was under way")
+        error: GatewayError
+        if isinstance(exc, LineTooLong):
+            error = PayloadTooLarge(f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}")
+        elif status < 500:
+            error = InvalidMessage(f"not valid HTTP: {str(message or exc).strip().partition(chr(10))[0][:100]}")
+        else:
+            log.error("request_failed", method=request.method, path=request.path, exc_info=exc)
+            error = InternalError("internal error; the gateway's log says more")
+        response = error_response(error)
+        response.force_close()
+        return response
+
+
+async def _continue(request: web.Request) -> None:
+    """What goes out before a body is read, for a caller that waits for it (RFC 9110, section 10.1.1)."""
+    if request.headers["Expect"].lower() == "100-continue" and request.version >= aiohttp.HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+
+
 def json_response(content: object, status: int = 200) -> web.Response:
     """JSON, with a line end for those who read it in a shell."""
     return web.Response(body=_encoder.encode(content) + b"\n", status=status, content_type="application/json")
+
+
+def error_response(error: GatewayError) -> web.Response:
+    """The one shape that every error has (contract, section 6)."""
+    return json_response({"error": str(error), "error_code": error.error_code}, error.status)
 
 
 def _query(request: web.Request, *known: str) -> dict[str, str]:
@@ -2729,13 +2850,16 @@ def _moment(query: Mapping[str, str], name: str) -> datetime | None:
     if text is None:
         return None
     try:
-        return naive_utc(datetime.fromisoformat(re.sub(r" (\d\d:?\d\d)$", r"+\1", text) if "T" in text else text))
+        return naive_utc(datetime.fromisoformat(re.sub(r"(:.*) (\d\d:?\d\d)$", r"\1+\2", text.upper())))
     except (ValueError, OverflowError):
         raise InvalidFieldValue(f"{name} is {text[:64]!r}: it must be an ISO 8601 time such as 2026-01-24T10:30:45Z") from None
 
 
 async def _body(request: web.Request) -> bytes:
-    """The body, whatever its content type says it is. Raises UnsupportedMediaType, PayloadTooLarge, RequestTimeout."""
+    """The body, whatever its content type says it is.
+
+    Raises UnsupportedMediaType, InvalidMessage, RequestTimeout, and HTTPRequestEntityTooLarge.
+    """
     encoding = request.headers.get("Content-Encoding", "identity").lower()
     if encoding != "identity":
         raise UnsupportedMediaType(f"Content-Encoding {encoding[:64]!r}: send the body uncompressed")
@@ -2746,6 +2870,8 @@ async def _body(request: web.Request) -> bytes:
             return await request.read()
     except TimeoutError:
         raise RequestTimeout(f"the body didn't arrive within {BODY_TIMEOUT_S:g} s") from None
+    except (ConnectionError, aiohttp.ClientError, HttpProcessingError) as error:
+        raise InvalidMessage(f"the body ended early or is broken: {type(error).__name__}") from None
 
 
 def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
@@ -2764,9 +2890,8 @@ def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
 
 
 def _is_own_origin(origin: str, host: str) -> bool:
-    scheme, _, authority = origin.partition("://")
-    default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
-    if not default_port or authority.removesuffix(default_port) != host.lower().removesuffix(default_port):
+    scheme, _, authority = normal_origin(origin).partition("://")
+    if scheme not in ("http", "https") or authority != normal_origin(f"{scheme}://{host}").partition("://")[2]:
         return False
     name = authority.rsplit(":", 1)[0] if not authority.endswith("]") else authority
     with contextlib.suppress(ValueError):
@@ -2843,14 +2968,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
     tls = _tls_context(settings)
     sockets = _bind(settings.host, settings.port)
     app = build_app(settings)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-        shutdown_timeout=HANDLERS_TIMEOUT_S,
-        lingering_time=LINGERING_TIME_S,
-        auto_decompress=False,
-    )
+    runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
     ending = Ending()
     async with contextlib.AsyncExitStack() as stack:  # what comes first ends last
         for listener in sockets:
@@ -2859,7 +2977,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
         await runner.setup()
         assert runner.server is not None
         stack.push_async_callback(ending.step, "goodbye", app[GATEWAY].stop)
-        door = Door(runner.server)
+        door = Door(runner.server, app[GATEWAY].repeats)
         for listener in sockets:
             server = await asyncio.get_running_loop().create_server(
                 door.let_in,
@@ -2923,7 +3041,13 @@ def _bind(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         for bound in sockets:
             bound.close()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        match error:
+            case socket.gaierror(strerror=str(text)):
+                reason = text
+            case OSError(errno=int(number)):  # its own text says the address once more
+                reason = os.strerror(number)
+            case _:
+                reason = str(error)
         raise StartError(f"can't listen on {host} port {port}: {reason}") from None
     return sockets
 
@@ -2938,26 +3062,45 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
             raise StartError(f"can't read {path}: {error.strerror}") from None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    except ssl.SSLError as error:
-        raise StartError(f"can't use the certificate {settings.tls_cert} with {settings.tls_key}: {error.reason}") from None
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=_no_password)
+    except (ssl.SSLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise StartError(f"can't use the certificate {settings.tls_cert} with {settings.tls_key}: {reason}") from None
     return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted, and a service has nobody to ask for its password")
 
 
 class Door:
     """Lets connections in, up to a limit: those over it get a cheap no, and those that are in stay."""
 
-    def __init__(self, server: web.Server) -> None:
+    def __init__(self, server: web.Server, repeats: RepeatLog) -> None:
         self._server = server
+        self._loop = asyncio.get_running_loop()
         self._limit = min(MAX_CONNECTIONS, open_files_limit() - RESERVED_FILES)
+        if self._limit <= 0:
+            raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
+        self._repeats = repeats
         self._let_in = 0
 
     def let_in(self) -> asyncio.Protocol:
         """What a connection that arrives is served by."""
         if len(self._server.connections) >= self._limit:
+            self._repeats.warning("connections_refused", "", limit=self._limit)
             return _Refusal()
         self._let_in += 1
-        return self._server()
+        return HttpConnection(
+            self._server,
+            loop=self._loop,
+            access_log=None,  # type: ignore[arg-type]  # none: the lines would cost more than the requests
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            lingering_time=LINGERING_TIME_S,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            auto_decompress=False,
+        )
 
     @property
     def inside(self) -> Sequence[web.RequestHandler]:
@@ -2971,9 +3114,14 @@ class Door:
 
 
 class _Refusal(asyncio.Protocol):
+    _BODY = b'{"error":"too many connections","error_code":"RESOURCE_EXHAUSTED"}\n'
+    _HEAD = (
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+    )
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        transport.write(self._HEAD % len(self._BODY) + self._BODY)
         transport.close()
 
 
@@ -3080,35 +3228,86 @@ class Notifier:
         watchdog_usec = environ.get("WATCHDOG_USEC", "")
         self.watchdog_s = (int(watchdog_usec) if watchdog_usec.isdecimal() else 0) / 1e6 or math.inf
         self._status = ""
+        self._has_failed = False
 
     def send(self, *assignments: str) -> None:
         """Send one datagram of such assignments as READY=1."""
-        if self._address and not self._sent("\n".join(assignments)):
-            log.warning("notify_failed", address=self._address)
+        if self._address:
+            self._send("\n".join(assignments))
 
     def send_status(self, text: str) -> None:
         """Send what `systemctl status` shows, unless it shows that already."""
-        if self._address and text != self._status and self._sent(f"STATUS={text}"):
+        if self._address and text != self._status and self._send(f"STATUS={text}"):
             self._status = text
 
-    def _sent(self, datagram: str) -> bool:
+    def _send(self, datagram: str) -> bool:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
                 out.setblocking(False)
                 out.sendto(datagram.encode(), self._address)
-        except OSError:
+        except OSError as error:
+            if not self._has_failed:
+                log.warning("notify_failed", address=self._address, error=str(error))
+            self._has_failed = True
             return False
+        self._has_failed = False
         return True
 
 
 # -- logging -----------------------------------------------------------------------------------------------------------
+
+
+class BackgroundHandler(logging.Handler):
+    """Writes records to stderr in a thread of its own: a terminal or a journal that stalls must stop no robot.
+
+    Records over the limit are dropped, and how many is said when there is room again.
+    """
+
+    MAX_WAITING = 10_000
+    CLOSE_TIMEOUT_S = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Without a buffer: Python can't end while a thread that hangs holds the lock of one.
+        self._stderr = io.FileIO(2, "w", closefd=False)
+        self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(self.MAX_WAITING)
+        self._dropped = 0
+        self._writer = threading.Thread(target=self._write_forever, name="log-writer", daemon=True)
+        self._writer.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a record to the thread. Never waits."""
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Write what waits, for CLOSE_TIMEOUT_S at the most. `logging` calls it at the end of the program."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=self.CLOSE_TIMEOUT_S)
+            self._writer.join(self.CLOSE_TIMEOUT_S)
+        super().close()
+
+    def _write_forever(self) -> None:
+        while (record := self._waiting.get()) is not None:
+            try:
+                self._stderr.write(self.format(record).encode("utf-8", "backslashreplace") + b"\n")
+            except OSError:
+                pass  # who read it went away
+            except Exception:  # noqa: BLE001 - a record that can't be rendered must not end the log
+                self.handleError(record)
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                log.warning("log_lines_dropped", count=dropped)
+
 
 _JOURNAL_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _MAX_LOGGED_TEXT = 300  # of a value; boards and callers write most of them
 
 
 def configure_logging(level: str, log_format: str) -> None:
-    """One line an event, on stderr; the libraries' records go the same way."""
+    """One line an event, on stderr, in `log_format`; the libraries' records go the same way."""
     if log_format == "auto":
         log_format = "journal" if os.environ.get("JOURNAL_STREAM") else "console" if sys.stderr.isatty() else "json"
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
@@ -3124,15 +3323,15 @@ def configure_logging(level: str, log_format: str) -> None:
             renderer = _render_for_journal
         case _:
             renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = BackgroundHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
         )
     )
-    logging.raiseExceptions = False  # a reader of stderr that went away must not make more noise
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    for library in ("asyncio", "aiohttp.websocket"):  # slow callbacks; subprotocols that boards offer
+        logging.getLogger(library).setLevel(logging.ERROR)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -3198,6 +3397,7 @@ class Tally:
     boards_up: int = 0
     messages: int = 0
     acks: int = 0
+    snapshots_found: int = 0
     errors: int = 0
     last_error: str = ""
     post_s: list[float] = dataclasses.field(default_factory=list)
@@ -3271,30 +3471,28 @@ class SimulatedBoard:
             await self._send(
                 socket_, {"message_type": "registration", "device_type": self._plan.device_type, "metadata": metadata}
             )
-            rate = self._plan.reconnect_rate / 60
-            work = [
-                asyncio.create_task(self._heartbeat(socket_)),
-                asyncio.create_task(self._report(socket_)),
-                asyncio.create_task(self._answer(socket_)),
-                asyncio.create_task(stop.wait()),
-                asyncio.create_task(asyncio.sleep(random.expovariate(rate) if rate else 1e9)),
-            ]
-            done, rest = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
-            # The board still answers while it makes sure that what it sent has arrived.
-            for task in (work[0], work[1]):
-                task.cancel()
-            if not work[2].done():
-                await self._confirm(socket_)
-            for task in rest:
-                task.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+            await self._work_until(stop, socket_)
             if stop.is_set():
                 await socket_.close()
-            for task in done:
-                task.result()
         finally:
             self._tally.boards_up -= 1
             socket_.transport.abort()
+
+    async def _work_until(self, stop: asyncio.Event, socket_: websockets.ClientConnection) -> None:
+        """Do what boards do until `stop`, a power cut, or the end of the connection."""
+        cuts_per_s = self._plan.reconnect_rate / 60
+        talking = [asyncio.create_task(self._heartbeat(socket_)), asyncio.create_task(self._report(socket_))]
+        answering = asyncio.create_task(self._answer(socket_))
+        power_cut = asyncio.create_task(asyncio.sleep(random.expovariate(cuts_per_s) if cuts_per_s else math.inf))
+        stopping = asyncio.create_task(stop.wait())
+        everything = [*talking, answering, power_cut, stopping]
+        try:
+            await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
+            await _end_tasks(talking)
+            if not answering.done():  # it still answers while it makes sure that what it sent has arrived
+                await self._confirm(socket_)
+        finally:
+            await _end_tasks(everything)
 
     async def _confirm(self, socket_: websockets.ClientConnection) -> None:
         """A pong tells that the gateway has handled all that was sent before the ping."""
@@ -3335,6 +3533,9 @@ class SimulatedBoard:
                 self._tally.record_ack(message["command_id"], self.device_id)
 
 
+_UNANSWERED = (OSError, aiohttp.ClientError, TimeoutError, LookupError)  # what a question to the gateway can end with
+
+
 class Fleet:
     """All boards of a plan, the caller who sends commands, and the auditor who asks the gateway what it has kept."""
 
@@ -3358,35 +3559,41 @@ class Fleet:
         async with aiohttp.ClientSession(self._plan.url, headers=headers, timeout=timeout) as session:
             try:
                 await self._ask(session, "/devices?device_type=none")
-            except (OSError, aiohttp.ClientError, TimeoutError, LookupError) as error:
-                print(f"amhrpd simulate: no gateway at {self._plan.url}: {error}", file=sys.stderr)
+            except _UNANSWERED as error:
+                print(f"amhrpd simulate: no gateway at {self._plan.url}: {error or type(error).__name__}", file=sys.stderr)
                 return 1
-            boards_stop = asyncio.Event()
-            began_s = time.monotonic()
-            boards = [asyncio.create_task(board.live(boards_stop)) for board in self._boards]
-            screen = asyncio.create_task(self._show_progress(began_s))
-            try:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._plan.duration_s):
-                        caller = asyncio.create_task(self._send_commands(session))
-                        await stop.wait()
-                caller.cancel()
-                await asyncio.gather(caller, return_exceptions=True)
-                if (unsent := self._plan.commands - len(self._commands)) and not stop.is_set():
-                    self.tally.missing.append(
-                        f"{unsent} of {self._plan.commands} commands were refused, or late for --duration"
-                    )
-                worked_s = time.monotonic() - began_s
-                boards_stop.set()
-                await asyncio.gather(*boards)
-            finally:
-                screen.cancel()
-                await asyncio.gather(screen, return_exceptions=True)
+            worked_s = await self._work(session, stop)
             print("asking the gateway what it has kept …", file=sys.stderr)
-            snapshots_found = await self._audit_snapshots(session)
-            await self._audit_commands(session)
-        self._print_table(worked_s, snapshots_found)
+            try:
+                await self._audit_snapshots(session)
+                await self._audit_commands(session)
+            except _UNANSWERED as error:
+                self.tally.missing.append(f"an answer of the gateway: {error or type(error).__name__}")
+        self._print_table(worked_s)
         return 1 if self.tally.missing else 0
+
+    async def _work(self, session: aiohttp.ClientSession, stop: asyncio.Event) -> float:
+        """Power the boards, send the commands, power the boards off. Returns the seconds in between."""
+        power_off = asyncio.Event()
+        began_s = time.monotonic()
+        boards = [asyncio.create_task(board.live(power_off)) for board in self._boards]
+        caller = asyncio.create_task(self._send_commands(session))
+        screen = asyncio.create_task(self._show_progress(began_s))
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._plan.duration_s):
+                    await stop.wait()
+            await _end_tasks([caller])
+            if (unsent := self._plan.commands - len(self._commands)) and not stop.is_set():
+                self.tally.missing.append(f"{unsent} of {self._plan.commands} commands were refused, or late for --duration")
+            if down := sum(not board.connections for board in self._boards):
+                self.tally.missing.append(f"{down} of {self._plan.devices} boards, which never came up")
+            worked_s = time.monotonic() - began_s
+            power_off.set()
+            await asyncio.gather(*boards)
+        finally:
+            await _end_tasks([caller, screen, *boards])
+        return worked_s
 
     async def _send_commands(self, session: aiohttp.ClientSession) -> None:
         deadline_s = time.monotonic() + self.FIRST_BOARDS_TIMEOUT_S
@@ -3400,7 +3607,7 @@ class Fleet:
                 async with session.post("/command", json=body) as response:
                     answer = await response.json()
                     response.raise_for_status()
-            except (OSError, aiohttp.ClientError, TimeoutError) as error:
+            except _UNANSWERED as error:
                 self.tally.record_error(f"POST /command: {error or type(error).__name__}")
                 continue
             self.tally.post_s.append(time.monotonic() - began_s)
@@ -3421,9 +3628,8 @@ class Fleet:
                 return True
         return False
 
-    async def _audit_snapshots(self, session: aiohttp.ClientSession) -> int:
-        """Compare what every board sent with its history. Returns how many snapshots of this run were found."""
-        found = 0
+    async def _audit_snapshots(self, session: aiohttp.ClientSession) -> None:
+        """Compare what every board sent with its history."""
         for board in self._boards:
             kept: set[int] = set()
             before = ""
@@ -3434,10 +3640,9 @@ class Fleet:
                 if not ours or len(states) < 1000:
                     break
                 before = f"&before_id={states[-1]['id']}"
-            found += len(kept)
+            self.tally.snapshots_found += len(kept)
             if lost := set(range(board.snapshots_sent)) - kept - board.unconfirmed:
                 self.tally.missing.append(f"{board.device_id}: {len(lost)} of {board.snapshots_sent} snapshots")
-        return found
 
     async def _audit_commands(self, session: aiohttp.ClientSession) -> None:
         """Compare the acks that the boards sent with the command log."""
@@ -3474,7 +3679,7 @@ class Fleet:
             if is_terminal:
                 print(file=sys.stderr)
 
-    def _print_table(self, worked_s: float, snapshots_found: int) -> None:
+    def _print_table(self, worked_s: float) -> None:
         tally = self.tally
         sent = sum(board.snapshots_sent for board in self._boards)
         unconfirmed = sum(len(board.unconfirmed) for board in self._boards)
@@ -3486,7 +3691,7 @@ class Fleet:
             ("all boards acked", _percentiles(tally.all_acked_s)),
             ("reconnects", str(sum(max(0, board.connections - 1) for board in self._boards))),
             ("errors", f"{tally.errors}" + (f" (the last: {tally.last_error})" if tally.errors else "")),
-            ("snapshots", f"{sent} sent, {snapshots_found} in the history, {unconfirmed} under way at a power cut"),
+            ("snapshots", f"{sent} sent, {tally.snapshots_found} in the history, {unconfirmed} under way at a power cut"),
             ("missing", "nothing" if not tally.missing else f"{len(tally.missing)} things"),
         ]
         for name, text in rows:
@@ -3544,16 +3749,21 @@ def _serve(words: Sequence[str]) -> int:
 def _simulate(words: Sequence[str]) -> int:
     values = vars(_simulate_parser().parse_args(words))
     for name in ("api_token", "device_token"):
-        values.setdefault(name, os.environ.get(f"AMHRPD_{name.upper()}") or None)
+        if name not in values and (text := os.environ.get(OPTIONS[name].variable)):
+            try:
+                values[name] = _token(text)
+            except ValueError as error:
+                raise ConfigError(f"{OPTIONS[name].variable} is (hidden): {error}") from None
     plan = FleetPlan(**values)
     return asyncio.run(_until_signal(lambda stop: Fleet(plan).play(stop)))
 
 
 async def _until_signal(run: Callable[[asyncio.Event], Awaitable[int]]) -> int:
-    """Run something that ends early, and in order, when SIGTERM or SIGINT sets its event."""
+    """Run something that ends early, and in order, when a signal sets its event. nohup's SIGHUP stays ignored."""
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
     return await run(stop)
 
 
@@ -3600,14 +3810,27 @@ def _simulate_parser() -> argparse.ArgumentParser:
     for kind in ("api", "device"):
         variable = f"AMHRPD_{kind.upper()}_TOKEN"
         text = f"token, better given as the variable {variable}"
-        parser.add_argument(f"--{kind}-token", metavar="TOKEN", help=text, default=argparse.SUPPRESS)
+        parser.add_argument(f"--{kind}-token", type=_secret_argument, metavar="TOKEN", help=text, default=argparse.SUPPRESS)
     return parser
 
 
 def _http_url(text: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s]+/?", text):
+    try:
+        url = urllib.parse.urlsplit(text)
+        is_base = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.path in ("", "/")
+        is_base = is_base and not url.query and not url.fragment
+    except ValueError:
+        is_base = False
+    if not is_base:
         raise ValueError("it must be http://host:port or https://host:port")
     return text.rstrip("/")
+
+
+def _secret_argument(text: str) -> str:
+    try:
+        return _token(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -29,7 +29,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -102,6 +101,11 @@ class Client:
         self.runner: web.AppRunner
         self.store: amhrpd.Store
 
+    @property
+    def server(self) -> web.Server:
+        assert self.runner.server is not None
+        return self.runner.server
+
     async def ask(self, method: str, path: str, **kwargs: Any) -> tuple[int, Any]:
         async with self.session.request(method, f"http://127.0.0.1:{self.port}{path}", **kwargs) as response:
             text = await response.text()
@@ -129,6 +133,12 @@ class Client:
                 await say(board, "registration", device_type=device_type, metadata=metadata or {})
                 await eventually(lambda: self.is_online(device_id))
             yield board
+
+    async def is_up(self) -> bool:
+        try:
+            return (await self.ask("GET", "/health"))[0] == 200
+        except aiohttp.ClientError:
+            return False
 
     async def is_online(self, device_id: str) -> bool:
         status, device = await self.ask("GET", f"/devices/{device_id}")
@@ -292,13 +302,17 @@ def logged() -> Iterator[list[dict[str, Any]]]:
             if isinstance(record.msg, dict):
                 events.append(dict(record.msg))
 
+    root = logging.getLogger()
+    handlers_before = root.handlers[:]
+    root.handlers.clear()
     amhrpd.configure_logging("debug", "json")
-    collector = Collector()
-    logging.getLogger().addHandler(collector)
+    root.addHandler(Collector())
     try:
         yield events
     finally:
-        logging.getLogger().removeHandler(collector)
+        for handler in root.handlers:
+            handler.close()
+        root.handlers[:] = handlers_before
 
 
 def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -352,6 +366,12 @@ class Wire:
         self.writer.close()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
+
+
+def make_certificate(cert: Path, key: Path, *options: str) -> None:
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 2 -subj /CN=localhost -addext"
+    files = ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*command.split(), *files, *options], check=True, capture_output=True)
 
 
 REGISTRATION = '{"message_type":"registration","device_type":"ESP32"}'
@@ -464,6 +484,21 @@ async def test_refused_boards_are_logged_once_a_minute(database: Path) -> None:
         assert [event["repeats"] for event in named(events, "request_refused")[1:]] == [19]
 
 
+@in_a_loop
+async def test_what_a_refused_board_still_says_is_no_request(database: Path) -> None:
+    with logged() as events:
+        async with gateway_on(database, device_token="secret-of-boards") as client:
+            for device_id in ("servo_1", "servo_1", "no%20id"):
+                wire = await Wire.connect(client.port, device_id)
+                assert wire.head.split()[1] in (b"401", b"400")
+                wire.writer.write(b"This is a webSocket client!")
+                async with asyncio.timeout(PATIENCE_S):
+                    with contextlib.suppress(ConnectionError):
+                        assert b"HTTP/1.1" not in await wire.reader.read()
+                await wire.close()
+        assert [event for event in events if event.get("level") == "error" or "exception" in event] == []
+
+
 # ======================================================================================================================
 # Contract, section 2: what boards say
 # ======================================================================================================================
@@ -514,6 +549,7 @@ REFUSED = [
     ('{"message_type":"reboot"}', "UNKNOWN_MESSAGE_TYPE"),
     ('{"message_type":""}', "UNKNOWN_MESSAGE_TYPE"),
     ('{"message_type":7}', "INVALID_FIELD_TYPE"),
+    ('{"message_type":"' + "x" * 20000 + '"}', "UNKNOWN_MESSAGE_TYPE"),
     ("{}", "MISSING_REQUIRED_FIELD"),
     ('{"message_type":"status"}', "MISSING_REQUIRED_FIELD"),
     ('{"message_type":"status","payload":5}', "INVALID_FIELD_TYPE"),
@@ -544,7 +580,7 @@ async def test_every_refusal_has_its_code_and_leaves_the_connection_open(databas
             assert error["error_code"] == code, (frame[:80], error)
             assert set(error) == {"message_type", "error_code", "error_message", "error"}
             assert error["error"] == error["error_message"]
-            assert len(error["error"]) > 5
+            assert 5 < len(error["error"]) < 1000  # a board that gets more than 15,360 bytes hangs up
         await board.send(b"\x00\x01")
         assert (await hear(board, "error"))["error_code"] == "INVALID_MESSAGE"
         await board.send(b'{"message_type":"status","payload":{"k":"\xc3"}}', text=True)
@@ -565,9 +601,13 @@ async def test_oversized_frame_closes_with_1009(database: Path) -> None:
     async with gateway_on(database, max_message_bytes=2000) as client, client.board("servo_1") as board:
         await say(board, "status", payload={"text": "x" * 1500})
         await eventually(lambda: state_is(client, "servo_1", {"text": "x" * 1500}))
-        await say(board, "status", payload={"text": "x" * 3000})
+        await board.send('{"message_type":"status","payload":{}}'.ljust(2000))
+        await eventually(lambda: state_is(client, "servo_1", {}))
+        await board.send('{"message_type":"status","payload":{"a":1}}'.ljust(2001))
         assert await closed_with(board) == 1009
         await eventually(lambda: not_online(client, "servo_1"))
+        details = (await client.get("/device-connection-history/servo_1"))["events"][0]["details"]
+        assert (details["code"], details["reason"]) == (1009, "a message was too big")
 
 
 async def not_online(client: Client, device_id: str) -> bool:
@@ -830,6 +870,23 @@ async def test_open_commands_are_open_again_after_a_restart(database: Path) -> N
             row = await eventually(lambda: row_has(client, path, status="ack_success", success_count=2))
             assert set(row["response_data"]) == {"a", "b"}
             await eventually(lambda: row_has(client, f"/command-logs/{lost['command_id']}", status="ack_timeout"))
+
+
+@in_a_loop
+async def test_all_open_commands_are_open_again_and_those_that_lack_an_answer(database: Path) -> None:
+    async with gateway_on(database, command_timeout_s=300) as client, client.board("a") as a, client.board("b"):
+        answer = await client.post("/command", {"device_type": "ESP32", "command_name": "turn"})
+        failed = f"/command-logs/{answer['command_id']}"
+        await say(a, "command_ack", command_id=answer["command_id"], status="failure")
+        await eventually(lambda: row_has(client, failed, status="ack_error", success_count=0, completed_at=None))
+        ids = [(await client.post("/command?device_id=a&command_name=x"))["command_id"] for _ in range(1100)]
+    async with gateway_on(database, command_timeout_s=300) as client, client.board("a") as a, client.board("b") as b:
+        assert (await client.get("/health"))["open_commands"] == 1100
+        await say(a, "command_ack", command_id=ids[0])
+        await eventually(lambda: row_has(client, f"/command-logs/{ids[0]}", status="ack_success"))
+        await say(b, "command_ack", command_id=answer["command_id"])
+        row = await eventually(lambda: row_has(client, failed, status="ack_error", success_count=1))
+        assert row["completed_at"] is not None
 
 
 @in_a_loop
@@ -1281,8 +1338,12 @@ def make_legacy_database(path: Path) -> None:
                 ("left_online", "ESP32-CAM", 1, t, t, None, '{"fw": "1", "nan": NaN}'),
                 ("offline", "esp32s3cam", 0, None, t, t, "{}"),
                 ("odd", "Esp32", 0, t, t, None, None),
+                ("strange", "?", 0, "", 5.5, "2025-06-01T12:30:45+02:00", b'{"blob": "\xff"}'),
             ],
         )
+        db.execute("UPDATE devices SET device_type = CAST(x'455350ff' AS TEXT) WHERE device_id = 'strange'")
+        db.execute("INSERT INTO device_state_snapshots VALUES (1000, 'strange', NULL, 7, 'long ago')")
+        db.execute("INSERT INTO device_connection_logs VALUES (1000, 'strange', 'x', 'disconnected', '', x'00ff')")
         states = ['{"a": 1}', '{"v": NaN, "w": Infinity, "x": 1e999}', '{"s": "\\ud800"}', "not json", "null"]
         db.executemany(
             "INSERT INTO device_state_snapshots (device_id, device_type, state_data, timestamp) VALUES (?,?,?,?)",
@@ -1294,6 +1355,20 @@ def make_legacy_database(path: Path) -> None:
                 ("old-created", "ESP32", "reboot", "{}", "created", t, None, None, None, 2, 0),
                 ("old-success", "ESP32", "reboot", "{}", "ack_success", t, t, t, '{"status": "success"}', 2, 1),
                 ("young-sent", "ESP32-CAM", "go", "{}", "sent", str(amhrpd.utc_now()), t, None, "null", 1, 0),
+                (
+                    "flat",
+                    "ESP32-CAM",
+                    "go",
+                    "{}",
+                    "sent",
+                    str(amhrpd.utc_now()),
+                    t,
+                    None,
+                    '{"status": "success", "n": 1}',
+                    1,
+                    0,
+                ),
+                ("strange-sent", "x", "go", None, "sent", "", 5, "?", b"\xff", None, None),
             ],
         )
         db.executemany(
@@ -1312,7 +1387,18 @@ async def test_database_of_the_earlier_backend_opens_goes_on_and_loses_nothing(d
     make_legacy_database(database)
     async with gateway_on(database) as client:
         devices = {device["device_id"]: device for device in (await client.get("/devices"))["devices"]}
-        assert [device["is_online"] for device in devices.values()] == [False] * 3
+        assert [device["is_online"] for device in devices.values()] == [False] * 4
+        assert devices["strange"]["device_type"] == "ESP\ufffd"
+        assert devices["strange"]["metadata"] == {"blob": "\ufffd"}
+        assert devices["strange"]["last_heartbeat"] is None
+        assert devices["strange"]["disconnected_at"] == "2025-06-01T10:30:45.000000"
+        (snapshot,) = (await client.get("/state-history/strange"))["states"]
+        assert (snapshot["state_data"], snapshot["timestamp"]) == (7, None)
+        (event,) = (await client.get("/device-connection-history/strange"))["events"]
+        assert (event["details"], event["timestamp"]) == ("\x00\ufffd", None)
+        strange = await client.get("/command-logs/strange-sent")
+        assert (strange["created_at"], strange["completed_at"], strange["response_data"]) == (None, None, "\ufffd")
+        assert (await client.get("/command-logs"))["total"] == 5
         assert devices["left_online"]["metadata"] == {"fw": "1", "nan": None}
         assert devices["odd"]["metadata"] == {}
         assert devices["offline"]["last_heartbeat"] is None
@@ -1329,10 +1415,13 @@ async def test_database_of_the_earlier_backend_opens_goes_on_and_loses_nothing(d
             await say(board, "command_ack", command_id="young-sent")
             await say(board, "status", payload={"new": True})
             await eventually(lambda: row_has(client, "/command-logs/young-sent", status="ack_success", success_count=1))
+            await say(board, "command_ack", command_id="flat")
+            flat = await eventually(lambda: row_has(client, "/command-logs/flat", status="ack_success", success_count=1))
+            assert flat["response_data"].keys() == {"status", "n", "left_online"}  # nothing of the earlier backend's is lost
             assert (await client.get("/state-history/left_online?limit=1"))["states"][0]["state_data"] == {"new": True}
-    assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(6,)]
-    assert rows_of(database, "SELECT count(*) FROM command_logs") == [(3,)]
-    assert rows_of(database, "SELECT count(*) FROM devices") == [(3,)]
+    assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(7,)]
+    assert rows_of(database, "SELECT count(*) FROM command_logs") == [(5,)]
+    assert rows_of(database, "SELECT count(*) FROM devices") == [(4,)]
     assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
     assert rows_of(database, "PRAGMA foreign_key_check") == []
     assert rows_of(database, "SELECT count(*) FROM sqlite_master WHERE name = 'my_own_index'") == [(1,)]
@@ -1493,16 +1582,21 @@ def test_flags_win_over_the_environment_and_defaults_are_the_documented_ones() -
     assert (d.commit_interval_s, d.max_message_bytes, d.log_level, d.log_format) == (1, 65536, "info", "auto")
 
 
-def test_help_and_version_and_import() -> None:
-    assert run("--version").stdout == f"amhrpd {amhrpd.VERSION}\n"
-    shown = run("--help").stdout
+def test_help_and_version_and_import(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            amhrpd.main(arguments)
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    assert shown("--version") == f"amhrpd {amhrpd.VERSION}\n"
     for option in amhrpd.OPTIONS.values():
-        assert option.variable in shown
-    assert "--reconnect-rate" in run("simulate", "--help").stdout
+        assert option.variable in shown("--help")
+    assert "--reconnect-rate" in shown("simulate", "--help")
     assert subprocess.run([sys.executable, "-c", "import amhrpd"], capture_output=True, cwd=HERE, check=True).stdout == b""
 
 
-def test_start_errors_are_one_line(tmp_path: Path) -> None:
+def test_start_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.db").write_text("just some notes\n")
     with contextlib.closing(sqlite3.connect(tmp_path / "foreign.db")) as db, db:
         db.execute("CREATE TABLE recipes (name TEXT)")
@@ -1511,33 +1605,43 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     with contextlib.closing(sqlite3.connect(tmp_path / "columns.db")) as db, db:
         db.execute("CREATE TABLE devices (device_id TEXT)")
+    os.mkfifo(tmp_path / "fifo.db")
     (tmp_path / "bad.pem").write_text("no certificate")
+    make_certificate(tmp_path / "cert.pem", tmp_path / "locked.pem", "-passout", "pass:sesame")
+
+    def refusal(**flags: str) -> str:
+        defaults = {"host": "127.0.0.1", "port": "0", "database_path": f"sqlite:///{tmp_path}/fresh.db"}
+        settings = amhrpd.Settings.load(defaults | flags, {})
+        with pytest.raises(amhrpd.StartError) as error:
+            asyncio.run(amhrpd.serve(settings, asyncio.Event()))
+        return str(error.value)
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        cases: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-            (("--port", port), ("127.0.0.1", port, "in use")),
-            (("--host", "192.0.2.1", "--port", "0"), ("192.0.2.1",)),
-            (("--database-url", "sqlite:////proc/amhrpd.db"), ("/proc/amhrpd.db",)),
-            (("--database-url", f"sqlite:///{tmp_path}/no/such/folder.db"), ("folder.db", "No such file")),
-            (("--database-url", f"sqlite:///{tmp_path}/text.db"), ("text.db", "no SQLite database")),
-            (("--database-url", f"sqlite:///{tmp_path}/foreign.db"), ("foreign.db", "recipes")),
-            (("--database-url", f"sqlite:///{tmp_path}/newer.db"), ("newer.db", "newer version", "99")),
-            (("--database-url", f"sqlite:///{tmp_path}/columns.db"), ("columns.db", "devices", "device_type")),
-            (("--tls-cert", f"{tmp_path}/none.pem", "--tls-key", f"{tmp_path}/none.pem"), ("none.pem", "No such file")),
-            (("--tls-cert", f"{tmp_path}/bad.pem", "--tls-key", f"{tmp_path}/bad.pem"), ("bad.pem", "certificate")),
+        cases: list[tuple[dict[str, str], tuple[str, ...]]] = [
+            ({"port": port}, ("127.0.0.1", port, "in use")),
+            ({"host": "192.0.2.1"}, ("192.0.2.1",)),
+            ({"database_path": "sqlite:////proc/amhrpd.db"}, ("/proc/amhrpd.db",)),
+            ({"database_path": f"sqlite:///{tmp_path}/no/such/folder.db"}, ("folder.db", "No such file")),
+            ({"database_path": f"sqlite:///{tmp_path}"}, (str(tmp_path), "Is a directory")),
+            ({"database_path": f"sqlite:///{tmp_path}/fifo.db"}, ("fifo.db", "no regular file")),
+            ({"database_path": f"sqlite:///{tmp_path}/text.db"}, ("text.db", "no SQLite database")),
+            ({"database_path": f"sqlite:///{tmp_path}/foreign.db"}, ("foreign.db", "recipes")),
+            ({"database_path": f"sqlite:///{tmp_path}/newer.db"}, ("newer.db", "newer version", "99")),
+            ({"database_path": f"sqlite:///{tmp_path}/columns.db"}, ("columns.db", "devices", "device_type")),
+            ({"tls_cert": f"{tmp_path}/none.pem", "tls_key": f"{tmp_path}/none.pem"}, ("none.pem", "No such file")),
+            ({"tls_cert": f"{tmp_path}/bad.pem", "tls_key": f"{tmp_path}/bad.pem"}, ("bad.pem", "certificate")),
+            ({"tls_cert": f"{tmp_path}/cert.pem", "tls_key": f"{tmp_path}/locked.pem"}, ("locked.pem", "encrypted")),
         ]
-
-        def start(number: int, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-            defaults = ("--host", "127.0.0.1", "--port", "0", "--database-url", f"sqlite:///{tmp_path}/{number}.db")
-            return run(*defaults, *arguments)
-
-        with ThreadPoolExecutor() as pool:
-            results = list(pool.map(start, range(len(cases)), [arguments for arguments, _ in cases]))
-    for result, (_, words) in zip(results, cases, strict=True):
-        assert result.returncode == 1, result
-        (line,) = [line for line in result.stderr.splitlines() if not line.startswith("{")]
-        assert line.startswith("amhrpd: "), result.stderr
-        assert all(word in line for word in words), line
+        for flags, words in cases:
+            text = refusal(**flags)
+            assert all(word in text for word in words), text
+            assert "\n" not in text
+        result = run("--host", "127.0.0.1", "--port", port, "--database-url", f"sqlite:///{tmp_path}/fresh.db")
+        assert result.returncode == 1
+        assert result.stderr == f"amhrpd: can't listen on 127.0.0.1 port {port}: Address already in use\n"
+    monkeypatch.setattr(amhrpd, "open_files_limit", lambda: 50)
+    assert "ulimit" in refusal()
     assert (tmp_path / "text.db").read_text() == "just some notes\n"
 
 
@@ -1633,6 +1737,7 @@ async def test_watchdog_stops_when_the_loop_is_blocked(database: Path, tmp_path:
             await eventually(lambda: systemd.heard_since(count, "WATCHDOG=1"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is what is provoked here
 @in_a_loop
 async def test_watchdog_stops_when_the_writer_thread_has_died(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1996,6 +2101,58 @@ async def notice(client: Client) -> Any:
 
 
 @in_a_loop
+async def test_replacement_that_fails_moves_one_file_aside(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await fill(database, 300)
+    monkeypatch.setattr(amhrpd.DatabaseFile, "CHECKED_AT_START_BYTES", 0)
+    spoil(database, 20)
+    migrate, calls = amhrpd.DatabaseFile._migrate, 0
+
+    def migrate_at_the_fourth(self: amhrpd.DatabaseFile, engine: sa.Engine) -> None:
+        nonlocal calls
+        calls += 1
+        if 1 < calls < 4:  # the first is the start's
+            raise sa.exc.OperationalError("", {}, sqlite3.OperationalError("database or disk is full"))
+        migrate(self, engine)
+
+    monkeypatch.setattr(amhrpd.DatabaseFile, "_migrate", migrate_at_the_fourth)
+    monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.05)
+    async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
+        await eventually(lambda: notice(client))
+        answer = await client.post("/command?device_id=b&command_name=x&wait=5")
+        assert answer["status"] == "ack_success"
+        await eventually(lambda: health_is(client, 200))
+        assert calls == 4
+        (aside,) = database.parent.glob("amhrpd.db.corrupt-*Z")
+        assert str(aside) in await notice(client)
+        assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
+        assert client.rows("SELECT device_id FROM devices ORDER BY device_id") == [("a",), ("b",)]
+
+
+@in_a_loop
+async def test_log_that_nobody_reads_stops_nothing(database: Path) -> None:
+    reading, writing = os.pipe()
+    port = free_port()
+    environ = os.environ | {"DATABASE_URL": f"sqlite:///{database}", "AMHRPD_PORT": str(port), "AMHRPD_HOST": "127.0.0.1"}
+    popen = subprocess.Popen([sys.executable, str(HERE / "amhrpd.py")], stderr=writing, env=environ)
+    os.close(writing)
+    try:
+        async with aiohttp.ClientSession() as session:
+            client = Client(port, session, database)
+            await eventually(client.is_up)
+            for _ in range(600):  # 150 KB of log; a pipe holds 64
+                await client.post("/command?device_type=none&command_name=" + "x" * 200)
+            assert (await client.get("/health"))["status"] == "ok"
+            popen.terminate()
+            await eventually(lambda: popen.poll() is not None)
+            assert popen.returncode == 0
+    finally:
+        os.close(reading)
+        popen.kill()
+        popen.wait()
+    assert rows_of(database, "SELECT count(*) FROM command_logs") == [(600,)]
+
+
+@in_a_loop
 async def test_second_gateway_on_the_same_file_is_refused(database: Path) -> None:
     async with gateway_on(database):
         result = await asyncio.to_thread(run, "--database-url", f"sqlite:///{database}", "--port", "0")
@@ -2221,9 +2378,7 @@ async def test_caller_that_takes_nothing_of_its_answer_is_dropped(database: Path
 
 def waiting_bytes(client: Client) -> int:
     """What the gateway's callers have not taken yet."""
-    server = client.runner.server
-    assert server is not None
-    return sum(c.transport.get_write_buffer_size() for c in server.connections if c.transport is not None)
+    return sum(c.transport.get_write_buffer_size() for c in client.server.connections if c.transport is not None)
 
 
 @in_a_loop
@@ -2234,12 +2389,15 @@ async def test_idle_connections_over_the_limit_are_refused_and_boards_stay(
     async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
         assert await client.is_online("a")  # and the caller's connection is there
         idle = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(60)]
-        refused = 0
-        for reader, _ in idle:
+
+        async def is_refused(reader: asyncio.StreamReader) -> bool:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.05):
-                    refused += (await reader.read(100)).startswith(b"HTTP/1.1 503 ")
-        assert refused >= 10
+                async with asyncio.timeout(0.5):
+                    answer = await reader.read()
+                    return answer.startswith(b"HTTP/1.1 503 ") and b'"error_code":"RESOURCE_EXHAUSTED"' in answer
+            return False
+
+        assert sum(await asyncio.gather(*(is_refused(reader) for reader, _ in idle))) >= 10
         assert (await client.post("/command?device_id=a&command_name=x&wait=5"))["status"] == "ack_success"
         for _, writer in idle:
             writer.close()
@@ -2255,6 +2413,35 @@ async def test_number_of_devices_and_of_open_commands_is_bounded(database: Path,
         for _ in range(3):
             await client.post("/command?device_id=a&command_name=x")
         assert (await client.post("/command?device_id=a&command_name=x", status=429))["error_code"] == "RESOURCE_EXHAUSTED"
+
+
+@in_a_loop
+async def test_memory_for_what_boards_say_of_themselves_is_bounded(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Registry, "MAX_CONTENT_BYTES", 5000)
+    monkeypatch.setattr(amhrpd.Commands, "MAX_CONTENT_BYTES", 5000)
+    async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b:
+        await say(a, "status", payload={"text": "x" * 3000})
+        await eventually(lambda: state_is(client, "a", {"text": "x" * 3000}))
+        for message, fields in (
+            ("status", {"payload": {"text": "x" * 3000}}),
+            ("registration", {"metadata": {"t": "x" * 3000}}),
+        ):
+            await say(b, message, device_type="ESP32", **fields)
+            assert (await hear(b, "error"))["error_code"] == "RESOURCE_EXHAUSTED"
+        await say(a, "status", payload={})
+        await say(b, "status", payload={"text": "x" * 3000})
+        await eventually(lambda: state_is(client, "b", {"text": "x" * 3000}))
+        ids = []
+        for _ in range(3):
+            ids.append((await client.post("/command?device_id=a&command_name=x"))["command_id"])
+            await hear(a, "command")
+            await say(a, "command_ack", command_id=ids[-1], payload={"text": "x" * 2000})
+            await eventually(lambda: row_has(client, f"/command-logs/{ids[-1]}", status="ack_success"))
+        await say(a, "command_ack", command_id=ids[0])  # forgotten for those that came after it
+        assert (await hear(a, "error"))["error_code"] == "COMMAND_NOT_FOUND"
+        await say(a, "command_ack", command_id=ids[2])
+        await say(a, "reboot")
+        assert (await hear(a, "error"))["error_code"] == "UNKNOWN_MESSAGE_TYPE"
 
 
 # ======================================================================================================================
@@ -2338,10 +2525,20 @@ async def test_web_pages_of_others_drive_no_robot(database: Path) -> None:
                 url = f"http://127.0.0.1:{client.port}{path}"
                 async with client.session.post(url, data=b"{}", headers=headers | {"Content-Type": content_type}) as response:
                     assert response.status == status, (origin, host)
-                    assert not [name for name in response.headers if name.lower().startswith("access-control")]
+                    shared = [value for name, value in response.headers.items() if name.lower().startswith("access-control")]
+                    assert shared == (["https://dashboard.example"] if origin == "https://dashboard.example" else [])
             found, answer = await client.ask("OPTIONS", "/command", headers=headers)
             assert found == (405 if status == 200 else 403)
             assert set(answer) == {"error", "error_code"}
+        # What a browser asks first, before it sends JSON or a token from an allowed page.
+        asks = {"Origin": "https://dashboard.example:443", "Access-Control-Request-Method": "POST"}
+        async with client.session.options(f"{own}/command", headers=asks) as response:
+            assert response.status == 204
+            assert response.headers["Access-Control-Allow-Origin"] == asks["Origin"]
+            assert "Authorization" in response.headers["Access-Control-Allow-Headers"]
+        async with client.session.options(f"{own}/command", headers=asks | {"Origin": "https://evil.example"}) as response:
+            assert response.status == 403
+            assert "Access-Control-Allow-Origin" not in response.headers
         for origin in ("file://", own, None):
             async with await connect(client.port, "b", origin=origin):
                 pass
@@ -2374,11 +2571,48 @@ async def test_bodies_that_are_too_large_compressed_or_strange(database: Path) -
 
 
 @in_a_loop
+async def test_what_is_no_http_gets_the_same_shape_and_no_traceback(database: Path) -> None:
+    head = b"POST /command?device_type=none&command_name=x HTTP/1.1\r\nHost: x\r\n"
+    requests = {
+        b"This is a webSocket client!\r\n\r\n": b"400",
+        b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n": b"400",
+        b"GET /health?" + b"x" * 70000 + b" HTTP/1.1\r\nHost: x\r\n\r\n": b"413",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 9000 + b"\r\n\r\n": b"413",
+        head + b"Content-Length: -5\r\n\r\n": b"400",
+        head + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n": b"400",
+    }
+    with logged() as events:
+        async with gateway_on(database) as client:
+            for request, status in requests.items():
+                reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+                writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # not only as the first of a connection
+                async with asyncio.timeout(PATIENCE_S):
+                    await reader.readuntil(b'"rows_rejected":0}\n')
+                    writer.write(request)
+                    answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                assert answer.split()[1] == status, (request[:60], answer)
+                assert set(json.loads(body)) == {"error", "error_code"}
+                writer.close()
+            for request in (head + b"Content-Length: 500\r\n\r\n{", head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+                writer.write(request)
+                writer.write_eof()
+                async with asyncio.timeout(PATIENCE_S):
+                    await reader.read()
+                writer.close()
+            payload = "%20" * 5000 + "%7B%7D"
+            assert (await client.post(f"/command?device_type=none&command_name=x&payload={payload}"))["payload"] == {}
+            answer = await client.post("/command?device_type=none&command_name=x&payload=", status=400)
+            assert "payload in the query" in answer["error"]
+            await client.post("/command?device_type=none&command_name=x", b"{}", headers={"Expect": "100-continue"})
+            await client.post("/command?device_type=none&command_name=x", b"{}", headers={"Expect": "miracles"})
+        assert [event for event in events if event.get("level") == "error" or "exception" in event] == []
+
+
+@in_a_loop
 async def test_tls(database: Path, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost -addext"
-    files = ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    make_certificate(cert, key, "-nodes")
     context = ssl.create_default_context(cafile=str(cert))
     async with gateway_on(database, tls_cert=cert, tls_key=key) as client:
         url = f"wss://127.0.0.1:{client.port}/ws/a"
@@ -2431,6 +2665,14 @@ async def all_later(client: Client, before: dict[str, str]) -> bool:
     return all(device["last_heartbeat"] > before[device["device_id"]] for device in devices)
 
 
+def run_main(*arguments: str) -> int:
+    """The exit code of a command line that ends at once."""
+    with pytest.raises(SystemExit) as end:
+        amhrpd.main(arguments)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
 def simulate(port: int, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return run("simulate", "--url", f"http://127.0.0.1:{port}", *arguments, **environ)
 
@@ -2439,14 +2681,14 @@ def simulate(port: int, *arguments: str, **environ: str) -> subprocess.Completed
 async def test_simulated_fleet_finds_everything_kept(database: Path) -> None:
     tokens = {"AMHRPD_API_TOKEN": "token-of-callers", "AMHRPD_DEVICE_TOKEN": "token-of-boards"}
     async with gateway_on(database, api_token=tokens["AMHRPD_API_TOKEN"], device_token=tokens["AMHRPD_DEVICE_TOKEN"]) as client:
-        options = ("--devices", "12", "--duration", "3", "--status-interval", "0.05", "--reconnect-rate", "20")
+        options = ("--devices", "12", "--duration", "3", "--status-interval", "0.05", "--reconnect-rate", "60")
         result = await asyncio.to_thread(simulate, client.port, *options, "--failure-rate", "0.5", "--commands", "1", **tokens)
         assert result.returncode == 0, result.stdout + result.stderr
         assert re.search(r"^missing +nothing$", result.stdout, re.MULTILINE)
         (sent, found) = re.findall(r"^snapshots +(\d+) sent, (\d+) in the history", result.stdout, re.MULTILINE)[0]
         assert int(sent) >= int(found) > 100
-        (reconnects,) = re.findall(r"^reconnects +(\d+)$", result.stdout, re.MULTILINE)
-        assert int(reconnects) > 0
+        cuts = client.rows("SELECT count(*) FROM device_connection_logs WHERE details LIKE '%the connection was lost%'")
+        assert cuts[0][0] > 0
         assert len(client.gateway.registry) == 12
         headers = {"Authorization": "Bearer token-of-callers"}
         logs = (await client.get("/command-logs", headers=headers))["logs"]
@@ -2457,12 +2699,20 @@ async def test_simulated_fleet_finds_everything_kept(database: Path) -> None:
 @in_a_loop
 async def test_simulation_with_something_missing_ends_with_1(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await asyncio.to_thread(simulate, free_port())).returncode == 1
+    for url in ("127.0.0.1:8000", "http://127.0.0.1:99999", "http://[::1", "http://pi/path"):
+        assert run_main("simulate", "--url", url) == 2
     put = amhrpd.Store.put_snapshot
 
     def lose_one(self: amhrpd.Store, device_id: str, device_type: str, state: str, timestamp: datetime) -> bool:
         return '"seq":3,' in state or put(self, device_id, device_type, state, timestamp)
 
     monkeypatch.setattr(amhrpd.Store, "put_snapshot", lose_one)
+    async with gateway_on(database, device_token="token-of-boards") as client:
+        tokens = {"AMHRPD_DEVICE_TOKEN": "token-of-nobody"}
+        options = ("--devices", "2", "--duration", "1", "--commands", "0")
+        result = await asyncio.to_thread(simulate, client.port, *options, **tokens)
+        assert result.returncode == 1
+        assert "missing: 2 of 2 boards, which never came up" in result.stdout, result.stdout
     async with gateway_on(database) as client:
         result = await asyncio.to_thread(
             simulate, client.port, "--devices", "2", "--duration", "1", "--status-interval", "0.05", "--ack-delay", "0.7"
