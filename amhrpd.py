@@ -3264,7 +3264,7 @@ class BackgroundHandler(logging.Handler):
     """
 
     MAX_WAITING = 10_000
-    CLOSE_TIMEOUT_S = 2.0
+    CLOSE_TIMEOUT_S = 1.0
 
     def __init__(self) -> None:
         super().__init__()
