@@ -30,6 +30,7 @@ import base64
 import contextlib
 import dataclasses
 import enum
+import errno
 import fcntl
 import functools
 import gc
@@ -776,11 +777,13 @@ class Restored:
     """What earlier runs left.
 
     Device rows, each with `state` and `state_timestamp` of its latest snapshot and the `last_event` of its connection
-    history (None where there is none), and command rows that may still be answered.
+    history (None where there is none), and command rows that may still be answered. `obstacle` says why nothing can be
+    written yet, where that is so.
     """
 
-    devices: list[Row]
-    commands: list[Row]
+    devices: list[Row] = dataclasses.field(default_factory=list)
+    commands: list[Row] = dataclasses.field(default_factory=list)
+    obstacle: str | None = None
 
 
 # -- rows on their way into the file -----------------------------------------------------------------------------------
@@ -927,6 +930,13 @@ def _is_corruption(error: BaseException) -> bool:
     return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
+def _is_lack_of_room(error: BaseException) -> bool:
+    """Whether a disk that is full would explain it. SQLite says so or, where a shared-memory file can't grow, "I/O error"."""
+    code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF
+    number = error.errno if isinstance(error, OSError) else None
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def _is_fault_of_a_row(error: BaseException) -> bool:
     """Whether the database refused what it was given, where trying the same again is in vain."""
     is_of_the_disk = isinstance(error, sa.exc.OperationalError) or _is_corruption(error)
@@ -955,6 +965,22 @@ class _SqliteConnection(sqlite3.Connection):
         self.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
 
 
+def _pass_through(value: Any) -> Any:
+    return value
+
+
+_DATASET_OPTIONS: dict[str, Any] = {
+    "row_type": dict,
+    "ensure_schema": False,
+    "engine_kwargs": {
+        "json_serializer": _pass_through,
+        "json_deserializer": _pass_through,
+        # A lock of another program is waited for briefly; then the batch is tried again, and a stop gets through.
+        "connect_args": {"timeout": 1.0, "factory": _SqliteConnection},
+    },
+}
+
+
 class DatabaseFile:
     """The SQLite file: its lock, checks and schema, transactions and queries. Every method blocks on the disk.
 
@@ -980,6 +1006,8 @@ class DatabaseFile:
     def open(self) -> Restored:
         """Open or create the file and return what earlier runs left. A corrupt one is moved aside and a fresh one begun.
 
+        On a disk that is full it is only read, and `make_usable` will open it later.
+
         Raises StartError for a folder or file that can't be written, a file that is no database of this gateway or one of
         a newer version, and a file that another gateway has open.
         """
@@ -997,7 +1025,32 @@ class DatabaseFile:
         except BlockingIOError:
             raise StartError(f"the database {self.path} is in use by another gateway") from None
         except _STORE_ERRORS as error:
-            raise StartError(f"can't open the database {self.path}: {_cause(error)}") from None
+            obstacle = f"can't open the database {self.path}: {_cause(error)}"
+            if not _is_lack_of_room(error):
+                raise StartError(obstacle) from None
+        try:
+            restored = self._load_unopened()
+        except _STORE_ERRORS:
+            raise StartError(obstacle) from None
+        return dataclasses.replace(restored, obstacle=obstacle)
+
+    def _load_unopened(self) -> Restored:
+        """What earlier runs left, without a byte written. A write-ahead log that a crash left beside the file isn't seen."""
+        self._disconnect()
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return Restored()
+        url = f"sqlite:///file:{urllib.parse.quote(str(self.path.absolute()))}?immutable=1&uri=true"
+        self._database = dataset.connect(url, sqlite_wal_mode=False, **_DATASET_OPTIONS)
+        try:
+            found = sa.inspect(self._database.engine).get_table_names()
+            return self._load() if {table.name for table in TABLES} <= set(found) else Restored()
+        finally:
+            self._disconnect()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the file is open, and nothing is known to be broken in it."""
+        return self._database is not None and self.damage is None
 
     def make_usable(self) -> bool:
         """Open the file, and first move it aside if it has damage; True where that was to do. After a failure, try again."""
@@ -1077,20 +1130,13 @@ class DatabaseFile:
     def _connect(self) -> None:
         database = dataset.connect(
             sa.URL.create("sqlite", database=str(self.path)).render_as_string(),
-            row_type=dict,
-            ensure_schema=False,
             on_connect_statements=[
                 "PRAGMA foreign_keys = ON",
                 "PRAGMA synchronous = NORMAL",  # with WAL it never corrupts, and syncs at checkpoints only
                 "PRAGMA wal_autocheckpoint = 1000",
                 "PRAGMA journal_size_limit = 8388608",
             ],
-            engine_kwargs={
-                "json_serializer": _pass_through,
-                "json_deserializer": _pass_through,
-                # A lock of another program is waited for briefly; then the batch is tried again, and a stop gets through.
-                "connect_args": {"timeout": 1.0, "factory": _SqliteConnection},
-            },
+            **_DATASET_OPTIONS,
         )
         try:
             assert database.engine is not None
@@ -1195,7 +1241,7 @@ class DatabaseFile:
         """All rows that a query finds."""
         with self._swap:
             if self._database is None:
-                raise sqlite3.OperationalError("the database is being replaced")
+                raise sqlite3.OperationalError("the database is not open")
             with self._noting_damage():
                 return list(self._database.query(statement))
 
@@ -1221,10 +1267,6 @@ class DatabaseFile:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             self._disconnect()
             self._release_lock()
-
-
-def _pass_through(value: Any) -> Any:
-    return value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1299,6 +1341,7 @@ class Store:
         Raises StartError, see DatabaseFile.open.
         """
         restored = self._file.open()
+        self._failure = restored.obstacle
         self._known_devices = {
             row["device_id"]: {column.name: row[column.name] for column in DEVICES.columns} for row in restored.devices
         }
@@ -1436,7 +1479,7 @@ class Store:
                 batch = self._in_flight = self._pending.take(self.BATCH_SNAPSHOTS)
                 records = self._records_put
                 self._is_urgent = bool(self._pending.snapshots)  # a backlog goes on at once
-            if batch or self._file.damage is not None:
+            if batch or not self._file.is_usable:
                 if not self._commit_stubbornly(batch):
                     return
                 committed_s = time.monotonic()
@@ -1445,7 +1488,7 @@ class Store:
                 return
 
     def _has_work(self) -> bool:
-        return bool(self._pending) or self._is_closing or self._file.damage is not None
+        return bool(self._pending) or self._is_closing or not self._file.is_usable
 
     def _account_written(self, batch: Batch, records: int) -> None:
         cost_bytes = batch.cost_bytes()
@@ -1567,7 +1610,7 @@ class Store:
                 answer.set_result(_ready_to_encode(self._file.select(statement)))
             except Exception as error:  # noqa: BLE001 - it goes to who asked, whatever it is
                 answer.set_exception(error)
-                if self._file.damage is not None:
+                if not self._file.is_usable:
                     with self._guard:
                         self._wake_writer(urgent=True)
 

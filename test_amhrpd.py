@@ -245,15 +245,14 @@ def database(tmp_path: Path) -> Path:
 class Process:
     """`amhrpd.py` as a process of its own, with its log."""
 
-    def __init__(self, database: Path, port: int, environ: dict[str, str], *arguments: str) -> None:
+    def __init__(self, database: Path, port: int, environ: dict[str, str], code: str | None = None) -> None:
         self.port = port
         self.log_path = database.with_suffix(f".{time.monotonic_ns()}.log")
         values = {"DATABASE_URL": f"sqlite:///{database}", "AMHRPD_PORT": str(port), "AMHRPD_HOST": "127.0.0.1"}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("AMHRPD_")}
         with self.log_path.open("wb") as log:
-            self.popen = subprocess.Popen(
-                [sys.executable, str(HERE / "amhrpd.py"), *arguments], stdout=log, stderr=log, env=clean | values | environ
-            )
+            program = [str(HERE / "amhrpd.py")] if code is None else ["-c", code]
+            self.popen = subprocess.Popen([sys.executable, *program], stdout=log, stderr=log, env=clean | values | environ)
 
     @property
     def log(self) -> str:
@@ -274,9 +273,9 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def process_on(database: Path, *arguments: str, **environ: str) -> AsyncIterator[tuple[Process, Client]]:
-    """The daemon as a process that answers; killed at the end if it is still there."""
-    process = Process(database, free_port(), environ, *arguments)
+async def process_on(database: Path, *, code: str | None = None, **environ: str) -> AsyncIterator[tuple[Process, Client]]:
+    """The daemon as a process (or `code`, which starts it) that answers; killed at the end if it is still there."""
+    process = Process(database, free_port(), environ, code)
     try:
         await eventually(process.answers)
         async with aiohttp.ClientSession() as session:
@@ -1968,6 +1967,33 @@ async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(databa
         assert "database_write_failed" in process.log
         assert process.log.count("database_write_failed") == 1
         assert "Traceback" not in process.log
+
+
+@in_a_loop
+async def test_start_on_a_full_disk_serves_and_catches_up(database: Path) -> None:
+    for left in ("a clean stop", "nothing"):
+        if left == "nothing":
+            database.unlink()
+        else:
+            await fill(database, 3)
+        limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)); "
+        limit += f"sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
+        async with process_on(database, code=limit) as (process, client):
+            assert "the database" in (await client.get("/health", 503))["database"]
+            devices = (await client.get("/devices"))["devices"]
+            assert [device["device_id"] for device in devices] == (["a"] if left == "a clean stop" else [])
+            async with client.board("b") as board, background(answer_commands(board)):
+                answer = await client.post("/command?device_id=b&command_name=stop&wait=5")
+                assert (answer["status"], answer["persisted"]) == ("ack_success", False)
+                resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                await eventually(lambda: health_is(client, 200))
+                assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
+                assert await client.events("b") == ["connected"]
+                if left == "a clean stop":
+                    assert (await client.get("/state-history/a"))["total"] == 3
+            process.popen.terminate()
+            assert await process.exit_code() == 0
+            assert "Traceback" not in process.log
 
 
 @in_a_loop
