@@ -7,7 +7,7 @@
 The file reads from top to bottom; each room uses only the rooms above it:
 
     Configuration   Settings, from flags and environment
-    Errors          what can be refused
+    Errors          what can be refused, and how what repeats itself is logged
     Messages        what boards and callers send, decoded and validated in one step
     Store           the four tables, the file, one writer thread, one reader thread
     Devices         the registry: every device known, the connections of those online
@@ -98,7 +98,9 @@ class Option:
     help: str
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
+def number_between(low: float, high: float) -> Callable[[str], float]:
+    """A parser of numbers in a range. What it returns raises ValueError."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -111,7 +113,9 @@ def _number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
+def integer_between(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers in a range. What it returns raises ValueError."""
+
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
             raise ValueError(f"it must be a whole number from {low} to {high}")
@@ -120,7 +124,9 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _choice(*choices: str) -> Callable[[str], str]:
+def choice_of(*choices: str) -> Callable[[str], str]:
+    """A parser of one of some words, in any case. What it returns raises ValueError."""
+
     def parse(text: str) -> str:
         if text.lower() not in choices:
             raise ValueError(f"it must be one of {', '.join(choices)}")
@@ -129,7 +135,8 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def _sqlite_path(text: str) -> Path:
+def parse_sqlite_path(text: str) -> Path:
+    """The file that a database URL names. Raises ValueError where it names none."""
     try:
         url = sa.make_url(text)
     except sa.exc.ArgumentError:
@@ -139,7 +146,8 @@ def _sqlite_path(text: str) -> Path:
     return Path(str(url.database))
 
 
-def _token(text: str) -> str:
+def parse_token(text: str) -> str:
+    """A token: what fits in a header, in Basic authorization and in a query alike. Raises ValueError."""
     if not re.fullmatch(r"[!-9;-~]{8,512}", text):
         raise ValueError("a token is 8 to 512 printable ASCII characters without space or colon")
     return text
@@ -152,7 +160,8 @@ def normal_origin(origin: str) -> str:
     return origin.removesuffix(default_port) if default_port else origin
 
 
-def _origins(text: str) -> frozenset[str]:
+def parse_origins(text: str) -> frozenset[str]:
+    """Origins with commas between, normal. Raises ValueError."""
     origins = frozenset(normal_origin(part.strip().rstrip("/")) for part in text.split(",") if part.strip())
     for origin in origins:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/,]*", origin):
@@ -168,14 +177,14 @@ class Settings:
         str, Option("--host", "AMHRPD_HOST", str, "ADDRESS", "address to listen on; 0.0.0.0 is every address, IPv6 too")
     ] = "0.0.0.0"
     port: Annotated[
-        int, Option("--port", "AMHRPD_PORT", _integer(0, 65535), "PORT", "port to listen on; 0 lets the system choose")
+        int, Option("--port", "AMHRPD_PORT", integer_between(0, 65535), "PORT", "port to listen on; 0 lets the system choose")
     ] = 8000
     database_path: Annotated[
         Path,
         Option(
             "--database-url",
             "DATABASE_URL",
-            _sqlite_path,
+            parse_sqlite_path,
             "URL",
             "the database's file, as sqlite:///relative.db or sqlite:////path.db",
         ),
@@ -185,7 +194,7 @@ class Settings:
         Option(
             "--ping-interval",
             "AMHRPD_PING_INTERVAL",
-            _number(0.1, 3600),
+            number_between(0.1, 3600),
             "S",
             "seconds between pings; a connection without an answer is given up after 1.5 of them",
         ),
@@ -195,7 +204,7 @@ class Settings:
         Option(
             "--heartbeat-timeout",
             "AMHRPD_HEARTBEAT_TIMEOUT",
-            _number(0.1, 86400),
+            number_between(0.1, 86400),
             "S",
             "seconds of silence after which a board that sends heartbeats is given up",
         ),
@@ -205,7 +214,7 @@ class Settings:
         Option(
             "--registration-timeout",
             "AMHRPD_REGISTRATION_TIMEOUT",
-            _number(0.1, 3600),
+            number_between(0.1, 3600),
             "S",
             "seconds that a connection has to register",
         ),
@@ -215,7 +224,7 @@ class Settings:
         Option(
             "--command-timeout",
             "AMHRPD_COMMAND_TIMEOUT",
-            _number(1, 300),
+            number_between(1, 300),
             "S",
             "seconds that boards have to answer a command that names no timeout",
         ),
@@ -225,7 +234,7 @@ class Settings:
         Option(
             "--commit-interval",
             "AMHRPD_COMMIT_INTERVAL",
-            _number(0, 3600),
+            number_between(0, 3600),
             "S",
             "telemetry is written at most once in so many seconds",
         ),
@@ -235,21 +244,23 @@ class Settings:
         Option(
             "--max-message-bytes",
             "AMHRPD_MAX_MESSAGE_BYTES",
-            _integer(1024, 1048576),
+            integer_between(1024, 1048576),
             "N",
             "longest message taken from a board",
         ),
     ] = 65536
     api_token: Annotated[
-        str | None, Option(None, "AMHRPD_API_TOKEN", _token, "TOKEN", "what callers of the REST API must show")
+        str | None, Option(None, "AMHRPD_API_TOKEN", parse_token, "TOKEN", "what callers of the REST API must show")
     ] = None
-    device_token: Annotated[str | None, Option(None, "AMHRPD_DEVICE_TOKEN", _token, "TOKEN", "what boards must show")] = None
+    device_token: Annotated[str | None, Option(None, "AMHRPD_DEVICE_TOKEN", parse_token, "TOKEN", "what boards must show")] = (
+        None
+    )
     allowed_origins: Annotated[
         frozenset[str],
         Option(
             "--allowed-origins",
             "AMHRPD_ALLOWED_ORIGINS",
-            _origins,
+            parse_origins,
             "ORIGINS",
             "web pages, besides the gateway's own, that may call it: http://host:port, with commas between",
         ),
@@ -265,7 +276,7 @@ class Settings:
         Option(
             "--log-level",
             "AMHRPD_LOG_LEVEL",
-            _choice("debug", "info", "warning", "error"),
+            choice_of("debug", "info", "warning", "error"),
             "LEVEL",
             "least level logged: debug, info, warning, error",
         ),
@@ -275,7 +286,7 @@ class Settings:
         Option(
             "--log-format",
             "AMHRPD_LOG_FORMAT",
-            _choice("auto", "console", "journal", "json"),
+            choice_of("auto", "console", "journal", "json"),
             "FORMAT",
             "console, journal or json; auto is console on a terminal, journal under systemd, else json",
         ),
@@ -443,6 +454,71 @@ class StartError(Exception):
     """The gateway can't start; the text is the one line that says why."""
 
 
+# -- events that repeat ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class _Window:
+    """A minute of one event about one subject."""
+
+    level: int
+    began_s: float
+    logged: int = 0
+    suppressed: int = 0
+    fields: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+class RepeatLog:
+    """Logs events that hostile or broken peers can repeat without end: a few in a minute, the rest counted.
+
+    The count goes out with a `repeats` field when the minute is over. For the event loop's thread only.
+    """
+
+    WINDOW_S = 60.0
+    MAX_KEYS = 1000  # a flood of new keys costs a bounded amount of memory: those over it share one key an event
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[str, str], _Window] = {}
+
+    def warning(self, event: str, subject: str, *, burst: int = 1, **fields: Any) -> None:
+        """Log `event` about `subject` (a device id, a peer) unless `burst` such lines went out within the minute."""
+        self._emit(logging.WARNING, event, subject, burst, fields)
+
+    def info(self, event: str, subject: str, *, burst: int = 1, **fields: Any) -> None:
+        """The same at level info."""
+        self._emit(logging.INFO, event, subject, burst, fields)
+
+    def report(self) -> None:
+        """Log the counts of every minute that is over, and forget it. Called about once a second."""
+        now_s = time.monotonic()
+        for key in [key for key, window in self._windows.items() if now_s - window.began_s >= self.WINDOW_S]:
+            self._close(key)
+
+    def report_all(self) -> None:
+        """Log all counts that are open, at a stop."""
+        for key in list(self._windows):
+            self._close(key)
+
+    def _close(self, key: tuple[str, str]) -> None:
+        window = self._windows.pop(key)
+        if window.suppressed:
+            log.log(window.level, key[0], repeats=window.suppressed, **window.fields)
+
+    def _emit(self, level: int, event: str, subject: str, burst: int, fields: dict[str, object]) -> None:
+        key = (event, subject)
+        if key not in self._windows and len(self._windows) >= self.MAX_KEYS:
+            key = (event, "")
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = _Window(level, time.monotonic())
+        window.fields = fields
+        if window.logged < burst:
+            window.logged += 1
+            log.log(level, event, **fields)
+        else:
+            window.suppressed += 1
+
+
 # ======================================================================================================================
 # Messages
 # ======================================================================================================================
@@ -462,11 +538,11 @@ MAX_REFUSAL_CHARACTERS = 300  # a reply says it twice, and must stay far below w
 MAX_COMMAND_TIMEOUT_S = 300  # contract, section 6
 MAX_COMMAND_WAIT_S = 60  # contract, section 6
 
-DEVICE_ID = r"[A-Za-z0-9._-]{1,64}"  # contract, section 2
+DEVICE_ID_PATTERN = r"[A-Za-z0-9._-]{1,64}"  # contract, section 2
 
 DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50)]
 CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
-DeviceId = Annotated[str, msgspec.Meta(pattern=rf"\A{DEVICE_ID}\Z")]
+DeviceId = Annotated[str, msgspec.Meta(pattern=rf"\A{DEVICE_ID_PATTERN}\Z")]
 
 
 class BoardMessage(msgspec.Struct, tag_field="message_type", gc=False, kw_only=True):
@@ -518,7 +594,7 @@ class Alert(BoardMessage, tag="alert"):
 AnyBoardMessage = Registration | Heartbeat | Status | CommandAck | ErrorReport | Alert
 
 _board_decoder = msgspec.json.Decoder(AnyBoardMessage)
-_json_decoder = msgspec.json.Decoder()
+json_decoder = msgspec.json.Decoder()
 _encoder = msgspec.json.Encoder()
 
 
@@ -585,7 +661,7 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
 def decode_json(data: bytes) -> Any:
     """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises a GatewayError."""
     try:
-        value = _json_decoder.decode(data)
+        value = json_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _refusal(error) from None
     _check_depth(data)
@@ -600,6 +676,11 @@ def to_json(value: object) -> JsonText:
 def raw(text: JsonText) -> msgspec.Raw:
     """JSON text, to be put as it is into something that is encoded later."""
     return msgspec.Raw(text.encode())
+
+
+def memory_bytes(text: JsonText | None) -> int:
+    """What a text takes in memory: up to four bytes a character."""
+    return 0 if text is None else sys.getsizeof(text)
 
 
 def utc_now() -> datetime:
@@ -678,14 +759,14 @@ class _SqliteMoment(sqlite.DATETIME):
         return _read_moment
 
 
-_metadata = sa.MetaData()
+_SCHEMA = sa.MetaData()
 _MOMENT = sa.DateTime().with_variant(_SqliteMoment, "sqlite")
 # JSON comes as text, encoded where it came in, and goes as text: the engine's serializers pass it through. None is NULL.
 _JSON = sa.JSON(none_as_null=True)
 
 DEVICES = sa.Table(
     "devices",
-    _metadata,
+    _SCHEMA,
     sa.Column("device_id", sa.String(255), primary_key=True),
     sa.Column("device_type", sa.String(50), nullable=False),
     sa.Column("is_online", sa.Boolean, nullable=False),
@@ -697,7 +778,7 @@ DEVICES = sa.Table(
 
 SNAPSHOTS = sa.Table(
     "device_state_snapshots",
-    _metadata,
+    _SCHEMA,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("device_id", sa.String(255), sa.ForeignKey("devices.device_id"), nullable=False),
     sa.Column("device_type", sa.String(50), nullable=False),
@@ -709,7 +790,7 @@ SNAPSHOTS = sa.Table(
 
 COMMAND_LOGS = sa.Table(
     "command_logs",
-    _metadata,
+    _SCHEMA,
     sa.Column("command_id", sa.String(255), primary_key=True),
     sa.Column("device_type", sa.String(50), nullable=False),
     sa.Column("command_name", sa.String(255), nullable=False),
@@ -727,7 +808,7 @@ COMMAND_LOGS = sa.Table(
 
 CONNECTION_LOGS = sa.Table(
     "device_connection_logs",
-    _metadata,
+    _SCHEMA,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("device_id", sa.String(255), sa.ForeignKey("devices.device_id"), nullable=False),
     sa.Column("device_type", sa.String(50), nullable=False),
@@ -739,7 +820,7 @@ CONNECTION_LOGS = sa.Table(
 
 TABLES = (DEVICES, SNAPSHOTS, COMMAND_LOGS, CONNECTION_LOGS)
 
-# What `command_logs.status` holds (contract, section 4; `pending` is in memory only) ...
+# What `command_logs.status` holds (contract, section 4; `pending`, before there is a row, has no value here) ...
 CREATED = "created"
 SENT = "sent"
 ACK_SUCCESS = "ack_success"
@@ -791,6 +872,23 @@ class Restored:
 ROW_OVERHEAD_BYTES = 600  # memory of a row's dictionary, its times and small texts
 
 
+def _snapshot_cost(row: Row) -> int:
+    return ROW_OVERHEAD_BYTES + memory_bytes(row["state_data"])
+
+
+def _upsert(table: sa.Table) -> Any:
+    statement = sqlite.insert(table)
+    keys = [column.name for column in table.primary_key]
+    changes = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=changes)
+
+
+_UPSERT_DEVICE = _upsert(DEVICES)
+_UPSERT_COMMAND = _upsert(COMMAND_LOGS)
+_INSERT_SNAPSHOT = sa.insert(SNAPSHOTS)
+_INSERT_EVENT = sa.insert(CONNECTION_LOGS)
+
+
 @dataclasses.dataclass(slots=True)
 class Batch:
     """Rows to write. A device or a command is in it once, as it is now; a command with what it costs in bytes.
@@ -838,21 +936,180 @@ class Batch:
             yield _UPSERT_COMMAND, rows
 
 
-def _snapshot_cost(row: Row) -> int:
-    return ROW_OVERHEAD_BYTES + len(row["state_data"])
+class Backlog:
+    """What waits to be written: the event loop puts it here, the writer thread takes it. All of it is under one lock."""
 
+    # Out of 512 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
+    TELEMETRY_LIMIT_BYTES = 32 << 20
+    RECORDS_LIMIT_BYTES = 48 << 20  # commands and connection events still get in when telemetry is refused
+    BATCH_SNAPSHOTS = 2000  # about 10 ms of writing here, so a command's row never waits long behind telemetry
 
-def _upsert(table: sa.Table) -> Any:
-    statement = sqlite.insert(table)
-    keys = [column.name for column in table.primary_key]
-    changes = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
-    return statement.on_conflict_do_update(index_elements=keys, set_=changes)
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._pending = Batch()
+        self._in_flight = Batch()
+        self._is_urgent = False  # the next batch is due now, not after the commit interval
+        self._is_called = False  # the writer is wanted, though there may be nothing to write
+        self._is_closing = False
+        self._waiting: list[tuple[int, int, Future[None]]] = []  # for so many records and snapshots to be written
+        # The last row of every device: what other rows refer to must be there, in a fresh file too.
+        self._known_devices: dict[str, Row] = {}
+        self._cost_bytes = 0
+        self._records_put = self._records_taken = self._records_written = 0
+        self._snapshots_put = self._snapshots_written = 0
+        self._rows_dropped = 0
 
+    # -- for who puts --------------------------------------------------------------------------------------------------
 
-_UPSERT_DEVICE = _upsert(DEVICES)
-_UPSERT_COMMAND = _upsert(COMMAND_LOGS)
-_INSERT_SNAPSHOT = sa.insert(SNAPSHOTS)
-_INSERT_EVENT = sa.insert(CONNECTION_LOGS)
+    def put_device(self, row: Row, *, urgent: bool) -> None:
+        """See Store."""
+        with self._changed:
+            self._known_devices[row["device_id"]] = row
+            self._pending.devices[row["device_id"]] = row
+            self._record_put(urgent)
+
+    def put_event(self, row: Row) -> bool:
+        """See Store."""
+        with self._changed:
+            if not self._take_room(ROW_OVERHEAD_BYTES, self.RECORDS_LIMIT_BYTES):
+                return False
+            self._pending.events.append(row)
+            self._record_put(urgent=True)
+            return True
+
+    def put_snapshot(self, row: Row) -> bool:
+        """See Store."""
+        with self._changed:
+            if not self._take_room(_snapshot_cost(row), self.TELEMETRY_LIMIT_BYTES):
+                return False
+            self._pending.snapshots.append(row)
+            self._snapshots_put += 1
+            if len(self._pending.snapshots) == 1:  # more of them change nothing for the writer
+                self._changed.notify()
+            return True
+
+    def put_command(self, row: Row, content_bytes: int) -> bool:
+        """See Store."""
+        command_id = row["command_id"]
+        cost_bytes = ROW_OVERHEAD_BYTES + content_bytes
+        with self._changed:
+            _, previous_bytes = self._pending.commands.get(command_id, (None, 0))
+            if not self._take_room(cost_bytes - previous_bytes, self.RECORDS_LIMIT_BYTES):
+                return False
+            self._pending.commands[command_id] = row, cost_bytes
+            self._record_put(urgent=True)
+            return True
+
+    def _take_room(self, cost_bytes: int, limit_bytes: int) -> bool:
+        if self._cost_bytes + cost_bytes > limit_bytes:
+            self._rows_dropped += 1
+            return False
+        self._cost_bytes += cost_bytes
+        return True
+
+    def _record_put(self, urgent: bool) -> None:
+        self._records_put += 1
+        self._is_urgent |= urgent
+        self._changed.notify()
+
+    def know_device(self, row: Row) -> None:
+        """Remember the row of a device that is in the file."""
+        with self._changed:
+            self._known_devices[row["device_id"]] = row
+
+    def written(self, *, with_snapshots: bool) -> Future[None]:
+        """Done when all that was put so far is written: the records, and with the snapshots or without."""
+        done: Future[None] = Future()
+        with self._changed:
+            self._waiting = [waiting for waiting in self._waiting if not waiting[2].cancelled()]
+            snapshots = self._snapshots_put if with_snapshots else 0
+            if self._has_written(self._records_put, snapshots):
+                done.set_result(None)
+            else:
+                self._waiting.append((self._records_put, snapshots, done))
+                self._is_urgent = True
+                self._changed.notify()
+        return done
+
+    def _has_written(self, records: int, snapshots: int) -> bool:
+        return self._records_written >= records and self._snapshots_written >= snapshots
+
+    def call_writer(self) -> None:
+        """Have the writer look after the file, also where there is nothing to write."""
+        with self._changed:
+            self._is_called = self._is_urgent = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Say that nothing more comes."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether `close` was called."""
+        with self._changed:
+            return self._is_closing
+
+    @property
+    def cost_bytes(self) -> int:
+        """The memory that waits to be written."""
+        with self._changed:
+            return self._cost_bytes
+
+    @property
+    def rows_waiting(self) -> int:
+        """How many rows are not in the file yet."""
+        with self._changed:
+            return len(self._pending) + len(self._in_flight)
+
+    @property
+    def rows_dropped(self) -> int:
+        """How many rows of all time found no room."""
+        with self._changed:
+            return self._rows_dropped
+
+    # -- for the writer thread -----------------------------------------------------------------------------------------
+
+    def take(self, due_s: float) -> Batch | None:
+        """Wait until there is something to do, and it is urgent or `due_s` (monotonic) is over. None: closed, all taken."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending or self._is_called or self._is_closing)
+            self._changed.wait_for(lambda: self._is_urgent or self._is_closing, max(0.0, due_s - time.monotonic()))
+            if not self._pending and not self._is_called:
+                return None
+            self._in_flight = self._pending.take(self.BATCH_SNAPSHOTS)
+            self._records_taken = self._records_put
+            self._is_called = False
+            self._is_urgent = bool(self._pending.snapshots)  # a backlog goes on at once
+            return self._in_flight
+
+    def mark_written(self) -> None:
+        """What was taken last is in the file."""
+        with self._changed:
+            self._cost_bytes -= self._in_flight.cost_bytes()
+            self._records_written = self._records_taken
+            self._snapshots_written += len(self._in_flight.snapshots)
+            self._in_flight = Batch()
+            done = [waiting for waiting in self._waiting if self._has_written(*waiting[:2])]
+            self._waiting = [waiting for waiting in self._waiting if waiting not in done]
+        for _, _, future in done:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
+
+    def add_known_devices(self, batch: Batch, device_ids: Iterable[str] | None = None) -> None:
+        """Put the rows of these devices (None: of all) into a batch, where it hasn't newer ones."""
+        with self._changed:
+            wanted = list(self._known_devices) if device_ids is None else device_ids
+            known = {key: self._known_devices[key] for key in wanted if key in self._known_devices}
+            batch.devices = known | batch.devices
+
+    def wait_until_closing(self, timeout_s: float) -> bool:
+        """Wait; True when `close` was called meanwhile or before."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_closing, timeout_s)
+
 
 # -- queries and what they find ----------------------------------------------------------------------------------------
 
@@ -887,6 +1144,27 @@ def _newest(
     return statement
 
 
+def _finite_or_none(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _clean_json(stored: object) -> JsonText:
+    """A stored JSON value as text that every reader takes, whatever an earlier writer left there (NaN, lone surrogates)."""
+    if stored is None:
+        return "null"
+    text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
+    try:
+        return to_json(json_decoder.decode(text))
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        pass
+    try:
+        value = json.loads(text, parse_constant=lambda name: None, parse_float=_finite_or_none)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
+    except (ValueError, RecursionError):
+        return json.dumps(text)  # no JSON at all: shown as the text that it is
+
+
 def _ready_to_encode(rows: list[Row]) -> list[Row]:
     """Rows of a history as answers show them: times as text, JSON as it is."""
     for row in rows:
@@ -897,27 +1175,6 @@ def _ready_to_encode(rows: list[Row]) -> list[Row]:
             if column in row:
                 row[column] = format_time(row[column])
     return rows
-
-
-def _clean_json(stored: object) -> JsonText:
-    """A stored JSON value as text that every reader takes, whatever an earlier writer left there (NaN, lone surrogates)."""
-    if stored is None:
-        return "null"
-    text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
-    try:
-        return to_json(_json_decoder.decode(text))
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        pass
-    try:
-        value = json.loads(text, parse_constant=lambda name: None, parse_float=_finite_or_none)
-        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
-    except (ValueError, RecursionError):
-        return json.dumps(text)  # no JSON at all: shown as the text that it is
-
-
-def _finite_or_none(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
 
 
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
@@ -984,8 +1241,8 @@ _DATASET_OPTIONS: dict[str, Any] = {
 class DatabaseFile:
     """The SQLite file: its lock, checks and schema, transactions and queries. Every method blocks on the disk.
 
-    It belongs to one thread, which writes; `select` and `check` may run in others. What they find broken is noted in
-    `damage`, and the owner replaces the file by `make_usable`.
+    It belongs to one thread at a time, who opens it and then the writer; `select` and `check` may run in others. What is
+    found broken is noted in `damage`, and the owner replaces the file by `make_usable`.
     """
 
     CHECKED_AT_START_BYTES = 8 << 20  # 0.2 s of an SD card's reading; a larger file is for `check`
@@ -995,9 +1252,11 @@ class DatabaseFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notice: str | None = None  # for people: that a corrupt file was moved aside, and where to
-        self._lock: int | None = None
-        self._swap = threading.Lock()  # keeps queries and a change of files apart; guards all below
-        self.damage: str | None = None
+        self.damage: str | None = None  # set by whoever finds it, cleared by the owner
+        self._lock_fd: int | None = None
+        # Held while a query runs, and while one file takes the place of another. Only the owner changes the two below, so
+        # it reads them without.
+        self._swap = threading.Lock()
         self._database: Any = None  # None before the first file, and between a corrupt file and the next
         self._generation = 0
 
@@ -1015,13 +1274,11 @@ class DatabaseFile:
             self._acquire_lock()
             self.damage = self._inspect()
             try:
-                self.make_usable()
-                return self._load()
+                return self._open_and_load()
             except sa.exc.DatabaseError:
                 if self.damage is None:
                     raise
-            self.make_usable()
-            return self._load()
+            return self._open_and_load()
         except BlockingIOError:
             raise StartError(f"the database {self.path} is in use by another gateway") from None
         except _STORE_ERRORS as error:
@@ -1033,6 +1290,11 @@ class DatabaseFile:
         except _STORE_ERRORS:
             raise StartError(obstacle) from None
         return dataclasses.replace(restored, obstacle=obstacle)
+
+    def _open_and_load(self) -> Restored:
+        self.make_usable()
+        self._close_stale_commands()
+        return self._load()
 
     def _load_unopened(self) -> Restored:
         """What earlier runs left, without a byte written. A write-ahead log that a crash left beside the file isn't seen."""
@@ -1048,20 +1310,26 @@ class DatabaseFile:
             self._disconnect()
 
     @property
+    def is_large(self) -> bool:
+        """Whether a check of the whole file would hold up a start."""
+        return self.path.exists() and self.path.stat().st_size > self.CHECKED_AT_START_BYTES
+
+    @property
     def is_usable(self) -> bool:
         """Whether the file is open, and nothing is known to be broken in it."""
         return self._database is not None and self.damage is None
 
     def make_usable(self) -> bool:
-        """Open the file, and first move it aside if it has damage; True where that was to do. After a failure, try again."""
+        """Open the file, and first move it aside if it has damage; True where it wasn't open. After a failure, try again."""
+        if self.is_usable:
+            return False  # without `_swap`, which a query holds as long as it runs
         with self._swap:
             if self.damage is not None:
                 self._disconnect()
                 self._move_aside()
                 self.damage = None
-            if self._database is not None:
-                return False
-            self._acquire_lock()
+            if self._lock_fd is None:
+                self._acquire_lock()
             with self._noting_damage():
                 self._connect()
             return True
@@ -1077,22 +1345,22 @@ class DatabaseFile:
 
     def _acquire_lock(self) -> None:
         """Keep other gateways off. Raises BlockingIOError where one has the file."""
-        self._release_lock()
-        lock = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            if not stat.S_ISREG(os.fstat(lock).st_mode):
+            if not stat.S_ISREG(os.fstat(lock_fd).st_mode):
                 raise StartError(f"the database {self.path} is no regular file")
             # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
-            os.close(lock)
+            os.close(lock_fd)
             raise
-        self._lock = lock
+        self._lock_fd = lock_fd
 
     def _release_lock(self) -> None:
-        if self._lock is not None:
-            lock, self._lock = self._lock, None
-            os.close(lock)
+        """To be called without a connection: POSIX takes SQLite's locks away with any descriptor of the file that closes."""
+        if self._lock_fd is not None:
+            lock_fd, self._lock_fd = self._lock_fd, None
+            os.close(lock_fd)
 
     def _inspect(self) -> str | None:
         """Look at the file before anything is written to it. Returns what is broken, or None. Raises StartError."""
@@ -1108,8 +1376,7 @@ class DatabaseFile:
         with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as connection:
             try:
                 self._check_ours(connection)
-                is_large = self.path.stat().st_size > self.CHECKED_AT_START_BYTES
-                return None if is_large else _quick_check(connection)
+                return None if self.is_large else _quick_check(connection)
             except sqlite3.DatabaseError as error:
                 if _is_corruption(error):
                     return str(error)
@@ -1149,7 +1416,7 @@ class DatabaseFile:
 
     def _migrate(self, engine: sa.Engine) -> None:
         """Create what is missing of tables and indexes, in a fresh file all of it."""
-        _metadata.create_all(engine)
+        _SCHEMA.create_all(engine)
         with engine.begin() as connection:
             inspector = sa.inspect(connection)
             for table in TABLES:
@@ -1177,6 +1444,7 @@ class DatabaseFile:
         for suffix in ("-wal", "-shm", ""):  # the file last: as long as it is there, the whole is
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).rename(aside.with_name(aside.name + suffix))
+        self._release_lock()
         self.notice = f"the database was corrupt ({self.damage}); it was moved to {aside} and a fresh one begun"
         log.error("database_corrupt", damage=self.damage, moved_to=str(aside))
 
@@ -1193,7 +1461,6 @@ class DatabaseFile:
             device["state_timestamp"] = snapshot["timestamp"]
         for event in self.select(_latest_of_each_device(CONNECTION_LOGS)):
             devices[event["device_id"]]["last_event"] = event["event"]
-        self._close_stale_commands()
         closed = self._load_commands((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)
         return Restored(list(devices.values()), closed + self._load_commands(OPEN_STATUSES))
 
@@ -1201,11 +1468,8 @@ class DatabaseFile:
         """Time out what no timeout can have kept open until now: the earlier backend left commands `created` for ever."""
         before = utc_now() - timedelta(seconds=MAX_COMMAND_TIMEOUT_S)
         is_stale = COMMAND_LOGS.c.status.in_(OPEN_STATUSES) & (COMMAND_LOGS.c.created_at < before)
-        try:
-            with self._noting_damage(), self._database.engine.begin() as connection:
-                connection.execute(sa.update(COMMAND_LOGS).where(is_stale).values(status=ACK_TIMEOUT))
-        except sa.exc.OperationalError as error:  # a full disk: the gateway serves, and the next start tries again
-            log.warning("stale_commands_left_open", reason=_cause(error))
+        with self._noting_damage(), self._database.engine.begin() as connection:
+            connection.execute(sa.update(COMMAND_LOGS).where(is_stale).values(status=ACK_TIMEOUT))
 
     def _load_commands(self, statuses: Sequence[str], limit: int | None = None) -> list[Row]:
         is_meant = COMMAND_LOGS.c.status.in_(statuses)
@@ -1280,60 +1544,36 @@ class StoreHealth:
     rows_rejected: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Flush:
-    """Somebody who waits until so many records and snapshots are in the file."""
-
-    records: int
-    snapshots: int
-    done: Future[None] = dataclasses.field(default_factory=Future)
-
-
 class Store:
     """The way into the file and out of it: one writer thread, one reader thread.
 
     `put_*` never wait: rows gather in memory and the writer takes all there are, one transaction at a time. A batch that
     fails for the disk's sake is kept and tried again until it is in the file; a row that the database refuses for its own
-    sake is logged and left out, so that the rest gets in. `put_*` and the coroutines belong to the event loop's thread.
+    sake is logged and left out, so that the rest gets in. All methods belong to the event loop's thread.
     """
 
-    # Out of 512 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
-    TELEMETRY_LIMIT_BYTES = 32 << 20
-    RECORDS_LIMIT_BYTES = 48 << 20  # commands and connection events still get in when telemetry is refused
     CONGESTED_BYTES = 8 << 20  # above this, boards that flood are slowed down to what the disk takes
-    BATCH_SNAPSHOTS = 2000  # about 10 ms of writing here, so a command's row never waits long behind telemetry
     RETRY_S = 0.5  # after a failed batch
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
     RELOG_S = 60.0  # a failure that lasts is logged once a minute
-    READ_TIMEOUT_S = 20.0
-    READS_WAITING = 64
+    READ_TIMEOUT_S = 20.0  # what a person with curl may wait for an SD card
+    FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
+    READS_WAITING = 64  # at some milliseconds each
 
     def __init__(self, path: Path, commit_interval_s: float) -> None:
         self._file = DatabaseFile(path)
+        self._backlog = Backlog()
         self._commit_interval_s = commit_interval_s
-        # Daemon threads: one that hangs in a disk that stalls must not keep the process from ending.
-        self._writer = threading.Thread(target=self._write_forever, name="store-writer", daemon=True)
-        self._reader = threading.Thread(target=self._read_forever, name="store-reader", daemon=True)
         self._reads: queue.SimpleQueue[tuple[sa.Select[Any], Future[list[Row]]] | None] = queue.SimpleQueue()
         self._reads_waiting = 0
-        # The writer's alone to set; a look at them needs no lock.
+        # Set by the writer thread alone, and read one at a time.
         self._failure: str | None = None
         self._writing_since_s: float | None = None
-
-        # Guards all below; its condition tells the writer that there is something to do.
-        self._guard = threading.Lock()
-        self._changed = threading.Condition(self._guard)
-        self._pending = Batch()
-        self._in_flight = Batch()
-        self._is_urgent = False
-        self._is_closing = False
-        self._flushes: list[_Flush] = []
-        # The last row of every device: what other rows refer to must be there, in a fresh file too.
-        self._known_devices: dict[str, Row] = {}
-        self._cost_bytes = 0
-        self._records_put = self._records_written = 0
-        self._snapshots_put = self._snapshots_written = 0
-        self._rows_dropped = self._rows_rejected = 0
+        self._rows_rejected = 0
+        # Daemon threads: one that hangs in a disk that stalls must not keep the process from ending.
+        self._writer = threading.Thread(target=self._write_and_close, name="store-writer", daemon=True)
+        self._reader = threading.Thread(target=self._read_forever, name="store-reader", daemon=True)
+        self._closed: Future[bool] = Future()
 
     def open(self) -> Restored:
         """Open or create the file, start the threads, and return what earlier runs left. Blocks on the disk.
@@ -1341,45 +1581,31 @@ class Store:
         Raises StartError, see DatabaseFile.open.
         """
         restored = self._file.open()
+        for row in restored.devices:  # as they are in the file; nothing to write
+            self._backlog.know_device({column.name: row[column.name] for column in DEVICES.columns})
         self._failure = restored.obstacle
-        self._known_devices = {
-            row["device_id"]: {column.name: row[column.name] for column in DEVICES.columns} for row in restored.devices
-        }
+        if not self._file.is_usable:
+            self._backlog.call_writer()
         self._writer.start()
         self._reader.start()
-        if self._file.path.stat().st_size > DatabaseFile.CHECKED_AT_START_BYTES:
+        if self._file.is_large:
             threading.Thread(target=self._check, name="store-checker", daemon=True).start()
         return restored
 
-    # -- writing: the event loop's side --------------------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------------------------------
 
     def put_device(self, row: Row, *, urgent: bool = True) -> None:
-        """Write a device row as it is now; `urgent=False` lets it go with the next telemetry."""
-        with self._guard:
-            self._known_devices[row["device_id"]] = row
-            self._pending.devices[row["device_id"]] = row
-            self._record_put(urgent)
+        """Write a device row as it is now; `urgent=False` lets it wait for the commit interval, as telemetry does."""
+        self._backlog.put_device(row, urgent=urgent)
 
     def put_event(self, row: Row) -> bool:
         """Append a row of the connection history. False where the records' limit is reached and it was dropped."""
-        with self._guard:
-            if not self._take_room(ROW_OVERHEAD_BYTES, self.RECORDS_LIMIT_BYTES):
-                return False
-            self._pending.events.append(row)
-            self._record_put(urgent=True)
-            return True
+        return self._backlog.put_event(row)
 
     def put_snapshot(self, device_id: str, device_type: str, state: JsonText, timestamp: datetime) -> bool:
         """Append a snapshot. False where the telemetry limit is reached and it was dropped."""
         row = {"device_id": device_id, "device_type": device_type, "state_data": state, "timestamp": timestamp}
-        with self._guard:
-            if not self._take_room(_snapshot_cost(row), self.TELEMETRY_LIMIT_BYTES):
-                return False
-            self._pending.snapshots.append(row)
-            self._snapshots_put += 1
-            if len(self._pending.snapshots) == 1:  # more of them change nothing for the writer
-                self._changed.notify()
-            return True
+        return self._backlog.put_snapshot(row)
 
     def put_command(self, row: Row, content_bytes: int) -> bool:
         """Write a command row as it is now. False where the records' limit is reached and it was dropped.
@@ -1387,35 +1613,45 @@ class Store:
         `response_data` is a dictionary of device_id -> encoded answer, or None; `content_bytes` is the memory of payload
         and answers.
         """
-        command_id = row["command_id"]
-        cost_bytes = ROW_OVERHEAD_BYTES + content_bytes
-        with self._guard:
-            _, previous_bytes = self._pending.commands.get(command_id, (None, 0))
-            if not self._take_room(cost_bytes - previous_bytes, self.RECORDS_LIMIT_BYTES):
-                return False
-            self._pending.commands[command_id] = row, cost_bytes
-            self._record_put(urgent=True)
-            return True
+        return self._backlog.put_command(row, content_bytes)
 
     async def commit_command(self, row: Row, content_bytes: int, timeout_s: float) -> bool:
-        """Write a command row and wait until it is committed. False after `timeout_s`, or at once when writes fail now."""
+        """Write a command row and wait until it is committed.
+
+        False after `timeout_s`, and at once when writes fail now or the row was dropped (see put_command).
+        """
         if not self.put_command(row, content_bytes) or self.health().reason is not None:
             return False
-        return await self._written(self._records_put, 0, timeout_s)
+        return await self._is_written(timeout_s, with_snapshots=False)
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until everything put so far is committed. False after `timeout_s`."""
-        return await self._written(self._records_put, self._snapshots_put, timeout_s)
+        return await self._is_written(timeout_s, with_snapshots=True)
+
+    async def _is_written(self, timeout_s: float, *, with_snapshots: bool) -> bool:
+        written = self._backlog.written(with_snapshots=with_snapshots)
+        if not written.done():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.wrap_future(written)
+            except TimeoutError:
+                return False
+        return True
 
     @property
     def is_congested(self) -> bool:
         """Whether telemetry comes in faster than a healthy disk takes it."""
-        return self._cost_bytes > self.CONGESTED_BYTES and self._failure is None
+        return self._failure is None and self._backlog.cost_bytes > self.CONGESTED_BYTES
+
+    @property
+    def is_writer_alive(self) -> bool:
+        """Whether the writer thread runs (it does while it waits for a disk that stalls)."""
+        return self._writer.is_alive()
 
     def health(self) -> StoreHealth:
         """How it goes; never waits."""
         since_s = self._writing_since_s
-        if not self.is_writer_alive():
+        if not self.is_writer_alive:
             reason: str | None = "the writer thread has died"
         elif self._file.damage is not None:
             reason = f"the database is corrupt and is being replaced: {self._file.damage}"
@@ -1423,115 +1659,56 @@ class Store:
             reason = f"a write has been waiting for the disk for {time.monotonic() - since_s:.0f} s"
         else:
             reason = self._failure
-        with self._guard:
-            waiting = len(self._pending) + len(self._in_flight)
-        return StoreHealth(reason, self._file.notice, waiting, self._rows_dropped, self._rows_rejected)
+        return StoreHealth(
+            reason, self._file.notice, self._backlog.rows_waiting, self._backlog.rows_dropped, self._rows_rejected
+        )
 
-    def is_writer_alive(self) -> bool:
-        """Whether the writer thread runs (it does while it waits for a disk that stalls)."""
-        return self._writer.is_alive()
-
-    def _take_room(self, cost_bytes: int, limit_bytes: int) -> bool:
-        if self._cost_bytes + cost_bytes > limit_bytes:
-            self._rows_dropped += 1
-            return False
-        self._cost_bytes += cost_bytes
-        return True
-
-    def _record_put(self, urgent: bool) -> None:
-        self._records_put += 1
-        self._wake_writer(urgent)
-
-    def _wake_writer(self, urgent: bool) -> None:
-        self._is_urgent |= urgent
-        self._changed.notify()
-
-    async def _written(self, records: int, snapshots: int, timeout_s: float) -> bool:
-        flush = _Flush(records, snapshots)
-        with self._guard:
-            if self._has_written(flush):
-                return True
-            self._flushes.append(flush)
-            self._wake_writer(urgent=True)
+    def _write_and_close(self) -> None:
+        """The writer thread: write until the backlog is closed and empty, then close the file."""
+        self._closed.set_running_or_notify_cancel()  # who waits for it may give up, but not call it off
+        due_s = -math.inf
+        is_clean = True
+        while is_clean and (batch := self._backlog.take(due_s)) is not None:
+            is_clean = self._commit_stubbornly(batch)
+            due_s = time.monotonic() + self._commit_interval_s
+        self._reads.put(None)
+        self._reader.join()
         try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.wrap_future(flush.done)
-        except TimeoutError:
-            return False
-        finally:
-            with self._guard:
-                if flush in self._flushes:
-                    self._flushes.remove(flush)
-        return True
-
-    def _has_written(self, flush: _Flush) -> bool:
-        return self._records_written >= flush.records and self._snapshots_written >= flush.snapshots
-
-    # -- writing: the writer thread ------------------------------------------------------------------------------------
-
-    def _write_forever(self) -> None:
-        committed_s = -math.inf
-        while True:
-            with self._guard:
-                self._changed.wait_for(self._has_work)
-                due_s = committed_s + self._commit_interval_s
-                self._changed.wait_for(lambda: self._is_urgent or self._is_closing, max(0.0, due_s - time.monotonic()))
-                batch = self._in_flight = self._pending.take(self.BATCH_SNAPSHOTS)
-                records = self._records_put
-                self._is_urgent = bool(self._pending.snapshots)  # a backlog goes on at once
-            if batch or not self._file.is_usable:
-                if not self._commit_stubbornly(batch):
-                    return
-                committed_s = time.monotonic()
-                self._account_written(batch, records)
-            elif self._is_closing:
-                return
-
-    def _has_work(self) -> bool:
-        return bool(self._pending) or self._is_closing or not self._file.is_usable
-
-    def _account_written(self, batch: Batch, records: int) -> None:
-        cost_bytes = batch.cost_bytes()
-        with self._guard:
-            self._cost_bytes -= cost_bytes
-            self._records_written = records
-            self._snapshots_written += len(batch.snapshots)
-            self._in_flight = Batch()
-            done = [flush for flush in self._flushes if self._has_written(flush)]
-            for flush in done:
-                self._flushes.remove(flush)
-        for flush in done:
-            if flush.done.set_running_or_notify_cancel():
-                flush.done.set_result(None)
+            if is_clean:
+                self._file.close()
+        except _STORE_ERRORS as error:
+            is_clean = False
+            log.error("database_close_failed", reason=_cause(error))
+        self._closed.set_result(is_clean)
 
     def _commit_stubbornly(self, batch: Batch) -> bool:
         """Commit the batch, however long that takes. False where a stop gave up on it."""
         logged_s = -math.inf
+        is_last_try = False
         while True:
-            is_last_try = self._is_closing
             self._writing_since_s = time.monotonic()
             try:
                 self._commit(batch)
                 if self._failure is not None:
                     log.warning("database_writes_resumed", rows=len(batch))
                 self._failure = None
+                self._backlog.mark_written()
                 return True
             except _STORE_ERRORS as error:
                 self._failure = f"can't write the database: {_cause(error)}"
                 if time.monotonic() - logged_s >= self.RELOG_S:
                     logged_s = time.monotonic()
-                    log.error("database_write_failed", reason=_cause(error), rows_waiting=len(batch))
+                    log.error("database_write_failed", reason=_cause(error), rows_waiting=self._backlog.rows_waiting)
             finally:
                 self._writing_since_s = None
             if is_last_try:
-                log.error("rows_lost", rows=len(batch) + len(self._pending), reason=self._failure)
+                log.error("rows_lost", rows=self._backlog.rows_waiting, reason=self._failure)
                 return False
-            with self._guard:
-                self._changed.wait_for(lambda: self._is_closing, self.RETRY_S)
+            is_last_try = self._backlog.wait_until_closing(self.RETRY_S)
 
     def _commit(self, batch: Batch) -> None:
         if self._file.make_usable():
-            self._add_devices(batch, self._known_devices)
+            self._backlog.add_known_devices(batch)
         try:
             self._file.commit(batch)
         except sa.exc.StatementError as error:
@@ -1540,22 +1717,17 @@ class Store:
         else:
             return
         # Rows of devices that somebody deleted behind our back would be refused for ever.
-        self._add_devices(batch, {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)})
+        owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
+        self._backlog.add_known_devices(batch, owners)
         refused = self._file.commit_row_by_row(batch)
         for table, row, reason in refused:
             log.error("row_rejected", table=table, reason=reason, row=repr(row))
-        with self._guard:
-            self._rows_rejected += len(refused)
-
-    def _add_devices(self, batch: Batch, device_ids: Iterable[str]) -> None:
-        with self._guard:
-            known = {key: self._known_devices[key] for key in device_ids if key in self._known_devices}
-        batch.devices = known | batch.devices
+        self._rows_rejected += len(refused)
 
     def _check(self) -> None:
-        self._file.check(lambda: self._is_closing)
-        with self._guard:
-            self._wake_writer(urgent=True)
+        self._file.check(lambda: self._backlog.is_closing)
+        if not self._file.is_usable:
+            self._backlog.call_writer()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -1588,11 +1760,11 @@ class Store:
             raise ResourceExhausted(f"{self.READS_WAITING} queries are waiting already")
         self._reads_waiting += 1
         try:
-            if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else 2 * self.RETRY_S):
-                raise StoreUnavailable(self._failure or "the database is too slow at the moment")
-            answer: Future[list[Row]] = Future()
-            self._reads.put((statement, answer))
             async with asyncio.timeout(self.READ_TIMEOUT_S):
+                if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
+                    raise StoreUnavailable(self._failure or "the database is too slow at the moment")
+                answer: Future[list[Row]] = Future()
+                self._reads.put((statement, answer))
                 return await asyncio.wrap_future(answer)
         except TimeoutError:
             raise StoreUnavailable("the database is too slow at the moment") from None
@@ -1602,6 +1774,7 @@ class Store:
             self._reads_waiting -= 1
 
     def _read_forever(self) -> None:
+        """The reader thread."""
         while (read := self._reads.get()) is not None:
             statement, answer = read
             if not answer.set_running_or_notify_cancel():
@@ -1611,38 +1784,23 @@ class Store:
             except Exception as error:  # noqa: BLE001 - it goes to who asked, whatever it is
                 answer.set_exception(error)
                 if not self._file.is_usable:
-                    with self._guard:
-                        self._wake_writer(urgent=True)
+                    self._backlog.call_writer()
 
     # -- closing -------------------------------------------------------------------------------------------------------
 
     async def close(self, timeout_s: float) -> bool:
         """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
-        with self._guard:
-            self._is_closing = True
-            self._wake_writer(urgent=True)
-        closed: Future[bool] = Future()
-        threading.Thread(target=self._close_file, args=(closed, timeout_s), name="store-closer", daemon=True).start()
+        self._backlog.close()
+        if not self.is_writer_alive and not self._closed.done():
+            self._reads.put(None)
+            log.error("rows_lost", rows=self._backlog.rows_waiting, reason="the writer thread has died")
+            return False
         try:
             async with asyncio.timeout(timeout_s):
-                return await asyncio.wrap_future(closed)
+                return await asyncio.wrap_future(self._closed)
         except TimeoutError:
-            log.error("database_close_timeout", rows=len(self._pending) + len(self._in_flight), timeout_s=timeout_s)
+            log.error("database_close_timeout", rows=self._backlog.rows_waiting, timeout_s=timeout_s)
             return False
-
-    def _close_file(self, closed: Future[bool], timeout_s: float) -> None:
-        closed.set_running_or_notify_cancel()
-        self._writer.join(timeout_s)
-        self._reads.put(None)
-        self._reader.join(timeout_s)
-        is_clean = not self._pending and self._failure is None
-        try:
-            if is_clean:
-                self._file.close()
-        except _STORE_ERRORS as error:
-            is_clean = False
-            log.error("database_close_failed", reason=_cause(error))
-        closed.set_result(is_clean)
 
 
 # ======================================================================================================================
@@ -1756,16 +1914,16 @@ class Registry:
     def restore(self, device: Device) -> None:
         """Take in a device of an earlier run, however many there are."""
         self._devices[device.device_id] = device
-        self._content_bytes += len(device.metadata) + len(device.state or "")
+        self._content_bytes += memory_bytes(device.metadata) + memory_bytes(device.state)
 
     def describe(self, device: Device, metadata: JsonText) -> None:
         """Keep a device's metadata. Raises ResourceExhausted."""
-        self._grow(len(metadata) - len(device.metadata))
+        self._grow(memory_bytes(metadata) - memory_bytes(device.metadata))
         device.metadata = metadata
 
     def update(self, device: Device, state: JsonText, moment: datetime) -> None:
         """Keep a device's latest state. Raises ResourceExhausted."""
-        self._grow(len(state) - len(device.state or ""))
+        self._grow(memory_bytes(state) - memory_bytes(device.state))
         device.state, device.state_timestamp = state, moment
 
     def _grow(self, growth_bytes: int) -> None:
@@ -1828,7 +1986,7 @@ class Command:
     ANSWER_OVERHEAD_BYTES: ClassVar[int] = 200  # of a dictionary's entry and its key
 
     def __post_init__(self) -> None:
-        self.content_bytes = len(self.payload)
+        self.content_bytes = memory_bytes(self.payload)
 
     @classmethod
     def restore(cls, row: Row, timeout_s: float) -> Command:
@@ -1847,7 +2005,7 @@ class Command:
             target_device_count=row["target_device_count"] or 0,
             recipients=None,
         )
-        answers = decode_json((row["response_data"] or "{}").encode())
+        answers = json_decoder.decode(row["response_data"] or "{}")  # deeper than what comes in: `_clean_json` let it pass
         if isinstance(answers, dict):  # the earlier backend left there what it liked
             for device_id, answer in answers.items():
                 command._keep_answer(device_id, answer)
@@ -1906,8 +2064,8 @@ class Command:
         return True
 
     def _keep_answer(self, device_id: str, answer: object) -> None:
-        encoded = to_json(answer)
-        self.answers[device_id] = raw(encoded)
+        encoded = to_json(answer).encode()
+        self.answers[device_id] = msgspec.Raw(encoded)
         self.content_bytes += self.ANSWER_OVERHEAD_BYTES + len(encoded)
 
     def conclude(self, status: str) -> None:
@@ -1971,10 +2129,13 @@ class Commands:
         """Take an open command in. Raises ResourceExhausted when too many are open."""
         if len(self._open) >= self.MAX_OPEN or self._open_bytes + command.content_bytes > self.MAX_CONTENT_BYTES:
             raise ResourceExhausted(f"{len(self._open)} commands are waiting for answers; try again when some are finished")
-        self.restore(command)
+        self._keep(command)
 
     def restore(self, command: Command) -> None:
         """Take in a command of an earlier run, however many there are."""
+        self._keep(command)
+
+    def _keep(self, command: Command) -> None:
         if command.is_open:
             self._open[command.command_id] = command
             self._open_bytes += command.content_bytes
@@ -1986,16 +2147,19 @@ class Commands:
         return self._open.get(command_id) or self._closed.get(command_id)
 
     def record_answer(self, command: Command, device_id: str, ack: CommandAck) -> bool:
-        """See Command. The command is closed when its last answer is there."""
+        """See Command. It is closed when its last answer is there; over MAX_CONTENT_BYTES answers lose their payload."""
+        is_late = command.command_id in self._closed
         before_bytes = command.content_bytes
+        if (self._closed_bytes if is_late else self._open_bytes) > self.MAX_CONTENT_BYTES:
+            ack.payload = None
         is_new = command.record_answer(device_id, ack)
         growth_bytes = command.content_bytes - before_bytes
-        if command.command_id in self._open:
+        if is_late:
+            self._closed_bytes += growth_bytes
+        else:
             self._open_bytes += growth_bytes
             if not command.is_open:
                 self.close(command)
-        else:
-            self._closed_bytes += growth_bytes
         return is_new
 
     def close(self, command: Command) -> None:
@@ -2026,68 +2190,6 @@ class Commands:
 
 CLOSE_REPLACED = 4000  # contract, section 3
 CLOSE_TIMED_OUT = 4001
-
-
-@dataclasses.dataclass(slots=True)
-class _Window:
-    """A minute of one event about one subject."""
-
-    level: int
-    began_s: float
-    logged: int = 0
-    suppressed: int = 0
-    fields: dict[str, object] = dataclasses.field(default_factory=dict)
-
-
-class RepeatLog:
-    """Logs events that hostile or broken peers can repeat without end: a few in a minute, the rest counted.
-
-    The count goes out with a `repeats` field when the minute is over. For the event loop's thread only.
-    """
-
-    WINDOW_S = 60.0
-    MAX_KEYS = 1000  # a flood of new keys costs a bounded amount of memory: those over it share one key an event
-
-    def __init__(self) -> None:
-        self._windows: dict[tuple[str, str], _Window] = {}
-
-    def warning(self, event: str, subject: str, *, burst: int = 1, **fields: Any) -> None:
-        """Log `event` about `subject` (a device id, a peer) unless `burst` such lines went out within the minute."""
-        self._emit(logging.WARNING, event, subject, burst, fields)
-
-    def info(self, event: str, subject: str, *, burst: int = 1, **fields: Any) -> None:
-        """The same at level info."""
-        self._emit(logging.INFO, event, subject, burst, fields)
-
-    def report(self) -> None:
-        """Log the counts of every minute that is over, and forget it. Called about once a second."""
-        now_s = time.monotonic()
-        for key in [key for key, window in self._windows.items() if now_s - window.began_s >= self.WINDOW_S]:
-            self._close(key)
-
-    def report_all(self) -> None:
-        """Log all counts that are open, at a stop."""
-        for key in list(self._windows):
-            self._close(key)
-
-    def _close(self, key: tuple[str, str]) -> None:
-        window = self._windows.pop(key)
-        if window.suppressed:
-            log.log(window.level, key[0], repeats=window.suppressed, **window.fields)
-
-    def _emit(self, level: int, event: str, subject: str, burst: int, fields: dict[str, object]) -> None:
-        key = (event, subject)
-        if key not in self._windows and len(self._windows) >= self.MAX_KEYS:
-            key = (event, "")
-        window = self._windows.get(key)
-        if window is None:
-            window = self._windows[key] = _Window(level, time.monotonic())
-        window.fields = fields
-        if window.logged < burst:
-            window.logged += 1
-            log.log(level, event, **fields)
-        else:
-            window.suppressed += 1
 
 
 class Gateway:
@@ -2135,7 +2237,7 @@ class Gateway:
             command = Command.restore(row, self._settings.command_timeout_s)
             self.commands.restore(command)
             if command.is_open:
-                self._expire_later(command)
+                self._expire_later(command, command.timeout_s)
         if restored.devices or restored.commands:
             log.info("restored", devices=len(self.registry), open_commands=len(self.commands))
 
@@ -2287,7 +2389,7 @@ class Gateway:
         )
 
     def _admit(self, connection: Connection, message: BoardMessage) -> Device:
-        """The device that speaks, registered by this message if it wasn't yet. Every accepted message is activity."""
+        """The device that speaks, registered by this message if it wasn't yet. Whatever it says is activity."""
         device = connection.device
         if device is None:
             if message.device_type is None:
@@ -2330,7 +2432,8 @@ class Gateway:
             )
         if targets:
             self.commands.add(command)
-            self._expire_later(command)  # whatever happens to this request, the command ends
+            # Whatever happens to this request, the command ends.
+            self._expire_later(command, self.PERSIST_TIMEOUT_S + command.timeout_s)
         else:
             command.conclude(NO_DEVICES)
         command.is_persisted = await self._store.commit_command(command.row(), command.content_bytes, self.PERSIST_TIMEOUT_S)
@@ -2377,7 +2480,7 @@ class Gateway:
             if command.status == CREATED:
                 command.status = SENT
             if command.is_open:
-                self._expire_later(command)  # its time counts from here
+                self._expire_later(command, command.timeout_s)
         else:
             command.conclude(NO_DEVICES)
             self.commands.close(command)
@@ -2387,10 +2490,10 @@ class Gateway:
         if not self._store.put_command(command.row(), command.content_bytes):
             self.repeats.warning("command_row_dropped", "", command_id=command.command_id)
 
-    def _expire_later(self, command: Command) -> None:
+    def _expire_later(self, command: Command, delay_s: float) -> None:
         if command.expiry is not None:
             command.expiry.cancel()
-        command.expiry = asyncio.get_running_loop().call_later(command.timeout_s, self._expire, command)
+        command.expiry = asyncio.get_running_loop().call_later(delay_s, self._expire, command)
 
     def _expire(self, command: Command) -> None:
         command.conclude(ACK_TIMEOUT if command.status in OPEN_STATUSES else command.status)
@@ -2449,6 +2552,11 @@ class Gateway:
 NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
 
 
+def peer_of(request: web.Request) -> str:
+    """The caller's address; IPv4 as IPv4 also where the socket is IPv6."""
+    return (request.remote or "unknown").removeprefix("::ffff:")
+
+
 class DeviceSocket(Connection):
     """One board's WebSocket: frames in, verbs out; frames to the board. The task that serves the handshake owns it all."""
 
@@ -2482,8 +2590,7 @@ class DeviceSocket(Connection):
         deadline = asyncio.get_running_loop().call_later(self._registration_timeout_s, self._check_registered)
         try:
             if not self.is_hung_up:
-                async with asyncio.timeout(None) as self._receiving:
-                    await self._receive_all()
+                await self._receive_all()
         except TimeoutError:
             pass  # hang_up() called this task back
         except Exception:
@@ -2491,7 +2598,6 @@ class DeviceSocket(Connection):
             self.hang_up(WSCloseCode.INTERNAL_ERROR, "internal error")
         finally:
             deadline.cancel()
-            self._receiving = None
             try:
                 if self._farewell is not None:
                     await self._say_goodbye(*self._farewell)
@@ -2555,26 +2661,35 @@ class DeviceSocket(Connection):
             self._gateway.end(self, CLOSE_TIMED_OUT, f"not registered within {self._registration_timeout_s:g} s")
 
     async def _receive_all(self) -> None:
-        for count in itertools.count(1):
-            frame = await self._socket.receive()
-            if frame.type is WSMsgType.TEXT or frame.type is WSMsgType.BINARY:
+        """Receive until the connection ends. Raises TimeoutError where `hang_up` calls back."""
+        try:
+            async with asyncio.timeout(None) as self._receiving:
+                for count in itertools.count(1):
+                    frame = await self._socket.receive()
+                    if not await self._take(frame):
+                        return
+                    if count % self.TURN_MESSAGES == 0:
+                        await self._gateway.pace()
+        finally:
+            self._receiving = None
+
+    async def _take(self, frame: aiohttp.WSMessage) -> bool:
+        """Serve one frame. False where it is the last."""
+        match frame.type:
+            case WSMsgType.TEXT | WSMsgType.BINARY:
                 # What a board still says after it was hung up on marks nobody online (contract, section 1).
                 if not self.is_hung_up:
                     try:
                         self._handle(frame)
                     except GatewayError as error:
                         await self._refuse(error)
-            elif frame.type is WSMsgType.CLOSE:
+                return True
+            case WSMsgType.CLOSE:
                 self._close_code = frame.data or NO_STATUS_RECEIVED
-                return
-            elif frame.type is WSMsgType.ERROR:
+            case WSMsgType.ERROR:
                 if isinstance(frame.data, WebSocketError):
                     self._close_code = frame.data.code
-                return
-            elif frame.type in (WSMsgType.CLOSING, WSMsgType.CLOSED):
-                return
-            if count % self.TURN_MESSAGES == 0:
-                await self._gateway.pace()
+        return False
 
     def _handle(self, frame: aiohttp.WSMessage) -> None:
         if frame.type is WSMsgType.BINARY:
@@ -2603,11 +2718,6 @@ class DeviceSocket(Connection):
         await self.send(to_json(reply))
 
 
-def peer_of(request: web.Request) -> str:
-    """The caller's address; IPv4 as IPv4 also where the socket is IPv6."""
-    return (request.remote or "unknown").removeprefix("::ffff:")
-
-
 # ======================================================================================================================
 # REST
 # ======================================================================================================================
@@ -2616,7 +2726,6 @@ MAX_BODY_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 10  # a payload as long as a board takes, every byte of it escaped in the query
 MAX_HEADER_BYTES = 8190
 BODY_TIMEOUT_S = 10.0
-_DEVICE_ID = re.compile(DEVICE_ID)
 
 # Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
 # that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
@@ -2640,209 +2749,9 @@ class Access(enum.Enum):
     ALL = enum.auto()
 
 
-class RestApi:
-    """The routes of the contract's section 6. Handlers look up and answer; `guard` owns access and errors."""
-
-    def __init__(self, settings: Settings, gateway: Gateway, store: Store) -> None:
-        self._settings = settings
-        self._gateway = gateway
-        self._store = store
-        self._table: tuple[tuple[str, str, Handler, Access], ...] = (
-            ("GET", "/ws/{device_id}", self.serve_device, Access.BOARDS),
-            ("GET", "/health", self.health, Access.ALL),
-            ("GET", "/devices", self.devices, Access.CALLERS),
-            ("GET", "/devices/{device_id}", self.device, Access.CALLERS),
-            ("POST", "/command", self.command, Access.CALLERS),
-            ("GET", "/state-history/{device_id}", self.state_history, Access.CALLERS),
-            ("GET", "/command-logs", self.command_logs, Access.CALLERS),
-            ("GET", "/command-logs/{command_id}", self.command_log, Access.CALLERS),
-            ("GET", "/device-connection-history/{device_id}", self.connection_history, Access.CALLERS),
-        )
-        self._access: dict[object, Access] = {handler: access for _, _, handler, access in self._table}
-
-    def routes(self) -> list[web.RouteDef]:
-        """Every route, plain and under /api."""
-        return [
-            web.route(method, prefix + path, handler, expect_handler=_continue)
-            for prefix in ("", "/api")
-            for method, path, handler, _ in self._table
-        ]
-
-    # -- access and errors ---------------------------------------------------------------------------------------------
-
-    @web.middleware
-    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Let a request in or not, and give every error its one shape."""
-        access = self._access.get(request.match_info.handler, Access.CALLERS)  # no such route: no more than callers
-        try:
-            response = await self._answer(request, access, handler)
-        except GatewayError as error:
-            response = self._error_response(request, error)
-        except web.HTTPException as error:
-            response = self._error_response(request, _translate(request, error))
-            if "Allow" in error.headers:
-                response.headers["Allow"] = error.headers["Allow"]
-        except Exception:
-            log.exception("request_failed", method=request.method, path=request.path)
-            response = self._error_response(request, InternalError("internal error; the gateway's log says more"))
-        if response.prepared:
-            return response
-        if access is Access.BOARDS:
-            response.force_close()  # a refused board says more, which is no request (contract, section 1)
-        if self._is_from_allowed_page(request):
-            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
-            response.headers["Vary"] = "Origin"
-        return response
-
-    async def _answer(self, request: web.Request, access: Access, handler: Handler) -> web.StreamResponse:
-        self._check_origin(request, access)
-        is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-        if is_preflight and self._is_from_allowed_page(request):
-            return web.Response(status=204, headers=_PREFLIGHT_HEADERS)
-        self._check_token(request, access)
-        return await handler(request)
-
-    def _error_response(self, request: web.Request, error: GatewayError) -> web.StreamResponse:
-        if isinstance(error, Unauthorized | Forbidden):
-            self._gateway.repeats.warning(
-                "request_refused", peer_of(request), peer=peer_of(request), path=request.path, error=str(error)
-            )
-        else:
-            log.debug(
-                "request_refused", method=request.method, path=request.path, error_code=error.error_code, error=str(error)
-            )
-        response = error_response(error)
-        if isinstance(error, Unauthorized):
-            response.headers["WWW-Authenticate"] = 'Bearer realm="AMHR-PD", Basic realm="AMHR-PD"'
-        return response
-
-    def _check_origin(self, request: web.Request, access: Access) -> None:
-        """Raise Forbidden for what a browser sends on behalf of a web page that isn't ours."""
-        origin = request.headers.get("Origin")
-        if origin is None or self._is_from_allowed_page(request) or _is_own_origin(origin, request.host):
-            return
-        if origin == "file://" and access is Access.BOARDS:
-            return  # every board in the field says so (contract, section 1)
-        raise Forbidden(f"the origin {origin[:100]!r} is not allowed here; AMHRPD_ALLOWED_ORIGINS can allow it")
-
-    def _is_from_allowed_page(self, request: web.Request) -> bool:
-        return normal_origin(request.headers.get("Origin", "")) in self._settings.allowed_origins
-
-    def _check_token(self, request: web.Request, access: Access) -> None:
-        """Raise Unauthorized where a token is set and the request doesn't show it."""
-        if access is Access.BOARDS and not _shows_token(request, self._settings.device_token, in_query=True):
-            raise Unauthorized("a valid device token is required")
-        if access is Access.CALLERS and not _shows_token(request, self._settings.api_token):
-            raise Unauthorized("a valid API token is required")
-
-    # -- handlers ------------------------------------------------------------------------------------------------------
-
-    async def serve_device(self, request: web.Request) -> web.StreamResponse:
-        """`GET /ws/{device_id}`: a board connects."""
-        if not _DEVICE_ID.fullmatch(request.match_info["device_id"]):
-            raise InvalidFieldValue("device_id in the path must be 1 to 64 of A-Z a-z 0-9 . _ -")
-        if self._gateway.is_stopping:
-            raise Stopping("the gateway is going down")
-        return await DeviceSocket(self._gateway, self._settings, request).serve()
-
-    async def health(self, request: web.Request) -> web.Response:
-        """`GET /health`: open to all; without the token, where one is set, it says no more than the status."""
-        _query(request)
-        health = self._gateway.health()
-        status = 200 if health["status"] == "ok" else 503
-        if not _shows_token(request, self._settings.api_token):
-            health = {"status": health["status"]}
-        return json_response(health, status)
-
-    async def devices(self, request: web.Request) -> web.Response:
-        """`GET /devices`."""
-        query = _query(request, "device_type", "online")
-        online = _one_of(query, "online", ("true", "false"))
-        devices = self._gateway.registry.matching(
-            query.get("device_type"), is_online=None if online is None else online == "true"
-        )
-        return json_response({"total": len(devices), "devices": [device.record() for device in devices]})
-
-    async def device(self, request: web.Request) -> web.Response:
-        """`GET /devices/{device_id}`."""
-        _query(request)
-        return json_response(self._gateway.registry.get(request.match_info["device_id"]).record())
-
-    async def command(self, request: web.Request) -> web.Response:
-        """`POST /command`."""
-        query = _query(request, "device_type", "device_id", "command_name", "payload", "timeout", "wait")
-        wanted = decode_command(query, await _body(request))
-        command = await self._gateway.route_command(wanted)
-        if wanted.wait:
-            await self._gateway.wait_for_answers(command, wanted.wait)
-        return json_response(command.record(with_answers=wanted.wait > 0))
-
-    async def state_history(self, request: web.Request) -> web.Response:
-        """`GET /state-history/{device_id}`."""
-        span = _span(_query(request, "limit", "since", "until", "before_id"))
-        device = self._gateway.registry.get(request.match_info["device_id"])
-        states = await self._store.state_history(device.device_id, span)
-        return json_response({"device_id": device.device_id, "total": len(states), "states": states})
-
-    async def connection_history(self, request: web.Request) -> web.Response:
-        """`GET /device-connection-history/{device_id}`."""
-        query = _query(request, "limit", "since", "until", "before_id", "event")
-        event, span = _one_of(query, "event", CONNECTION_EVENTS), _span(query)
-        device = self._gateway.registry.get(request.match_info["device_id"])
-        events = await self._store.connection_history(device.device_id, event, span)
-        return json_response({"device_id": device.device_id, "total": len(events), "events": events})
-
-    async def command_logs(self, request: web.Request) -> web.Response:
-        """`GET /command-logs`."""
-        query = _query(request, "limit", "since", "until", "status", "device_type")
-        status, span = _one_of(query, "status", COMMAND_STATUSES), _span(query)
-        logs = await self._store.command_logs(status, query.get("device_type"), span)
-        return json_response({"total": len(logs), "logs": logs})
-
-    async def command_log(self, request: web.Request) -> web.Response:
-        """`GET /command-logs/{command_id}`."""
-        _query(request)
-        command_id = request.match_info["command_id"]
-        row = await self._store.command(command_id)
-        if row is None:
-            raise CommandNotFound(f"command {command_id[:64]!r} was never given")
-        return json_response(row)
-
-
-class HttpConnection(web.RequestHandler):
-    """A caller's connection. What is no HTTP gets an error of the same shape as all others, and no traceback in the log."""
-
-    __slots__ = ()
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        """What aiohttp calls for what never reaches a route: requests that can't be parsed, and its own defects."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer was under way")
-        error: GatewayError
-        if isinstance(exc, LineTooLong):
-            error = PayloadTooLarge(f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}")
-        elif status < 500:
-            error = InvalidMessage(f"not valid HTTP: {str(message or exc).strip().partition(chr(10))[0][:100]}")
-        else:
-            log.error("request_failed", method=request.method, path=request.path, exc_info=exc)
-            error = InternalError("internal error; the gateway's log says more")
-        response = error_response(error)
-        response.force_close()
-        return response
-
-
-async def _continue(request: web.Request) -> None:
-    """What goes out before a body is read, for a caller that waits for it (RFC 9110, section 10.1.1)."""
-    if request.headers["Expect"].lower() == "100-continue" and request.version >= aiohttp.HttpVersion11:
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer itself has not begun
-
-
 def json_response(content: object, status: int = 200) -> web.Response:
     """JSON, with a line end for those who read it in a shell."""
-    return web.Response(body=_encoder.encode(content) + b"\n", status=status, content_type="application/json")
+    return web.Response(body=to_json(content).encode() + b"\n", status=status, content_type="application/json")
 
 
 def error_response(error: GatewayError) -> web.Response:
@@ -2963,12 +2872,209 @@ def _shows_token(request: web.Request, token: str | None, *, in_query: bool = Fa
     return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
 
 
+class HttpConnection(web.RequestHandler):
+    """A caller's connection. What is no HTTP gets an error of the same shape as all others, and no traceback in the log."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What aiohttp calls for what never reaches a route: requests that can't be parsed, and its own defects."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer was under way")
+        error: GatewayError
+        if isinstance(exc, LineTooLong):
+            error = PayloadTooLarge(f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}")
+        elif status < 500:
+            error = InvalidMessage(f"not valid HTTP: {str(message or exc).strip().partition(chr(10))[0][:100]}")
+        else:
+            log.error("request_failed", method=request.method, path=request.path, exc_info=exc)
+            error = InternalError("internal error; the gateway's log says more")
+        response = error_response(error)
+        response.force_close()
+        return response
+
+
+async def _continue(request: web.Request) -> None:
+    """What goes out before a body is read, for a caller that waits for it (RFC 9110, section 10.1.1)."""
+    if request.headers["Expect"].lower() == "100-continue" and request.version >= aiohttp.HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+
+
+class RestApi:
+    """The routes of the contract's section 6. Handlers look up and answer; `guard` owns access and errors."""
+
+    def __init__(self, settings: Settings, gateway: Gateway, store: Store) -> None:
+        self._settings = settings
+        self._gateway = gateway
+        self._store = store
+        self._table: tuple[tuple[str, str, Handler, Access], ...] = (
+            ("GET", "/ws/{device_id}", self.serve_device, Access.BOARDS),
+            ("GET", "/health", self.health, Access.ALL),
+            ("GET", "/devices", self.devices, Access.CALLERS),
+            ("GET", "/devices/{device_id}", self.device, Access.CALLERS),
+            ("POST", "/command", self.command, Access.CALLERS),
+            ("GET", "/state-history/{device_id}", self.state_history, Access.CALLERS),
+            ("GET", "/command-logs", self.command_logs, Access.CALLERS),
+            ("GET", "/command-logs/{command_id}", self.command_log, Access.CALLERS),
+            ("GET", "/device-connection-history/{device_id}", self.connection_history, Access.CALLERS),
+        )
+        self._access: dict[object, Access] = {handler: access for _, _, handler, access in self._table}
+
+    def routes(self) -> list[web.RouteDef]:
+        """Every route, plain and under /api."""
+        return [
+            web.route(method, prefix + path, handler, expect_handler=_continue)
+            for prefix in ("", "/api")
+            for method, path, handler, _ in self._table
+        ]
+
+    # -- access and errors ---------------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let a request in or not, and give every error its one shape."""
+        access = self._access.get(request.match_info.handler, Access.CALLERS)  # no such route: no more than callers
+        try:
+            response = await self._answer(request, access, handler)
+        except GatewayError as error:
+            response = self._error_response(request, error)
+        except web.HTTPException as error:
+            response = self._error_response(request, _translate(request, error))
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+        except Exception:
+            log.exception("request_failed", method=request.method, path=request.path)
+            response = self._error_response(request, InternalError("internal error; the gateway's log says more"))
+        if response.prepared:
+            return response
+        if access is Access.BOARDS:
+            response.force_close()  # a refused board says more, which is no request (contract, section 1)
+        if self._is_from_allowed_page(request):
+            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+            response.headers["Vary"] = "Origin"
+        return response
+
+    async def _answer(self, request: web.Request, access: Access, handler: Handler) -> web.StreamResponse:
+        self._check_origin(request, access)
+        is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        if is_preflight and self._is_from_allowed_page(request):
+            return web.Response(status=204, headers=_PREFLIGHT_HEADERS)
+        self._check_token(request, access)
+        return await handler(request)
+
+    def _error_response(self, request: web.Request, error: GatewayError) -> web.StreamResponse:
+        if isinstance(error, Unauthorized | Forbidden):
+            self._gateway.repeats.warning(
+                "request_refused", peer_of(request), peer=peer_of(request), path=request.path, error=str(error)
+            )
+        else:
+            log.debug(
+                "request_refused", method=request.method, path=request.path, error_code=error.error_code, error=str(error)
+            )
+        response = error_response(error)
+        if isinstance(error, Unauthorized):
+            response.headers["WWW-Authenticate"] = 'Bearer realm="AMHR-PD", Basic realm="AMHR-PD"'
+        return response
+
+    def _check_origin(self, request: web.Request, access: Access) -> None:
+        """Raise Forbidden for what a browser sends on behalf of a web page that isn't ours."""
+        origin = request.headers.get("Origin")
+        if origin is None or self._is_from_allowed_page(request) or _is_own_origin(origin, request.host):
+            return
+        if origin == "file://" and access is Access.BOARDS:
+            return  # every board in the field says so (contract, section 1)
+        raise Forbidden(f"the origin {origin[:100]!r} is not allowed here; AMHRPD_ALLOWED_ORIGINS can allow it")
+
+    def _is_from_allowed_page(self, request: web.Request) -> bool:
+        return normal_origin(request.headers.get("Origin", "")) in self._settings.allowed_origins
+
+    def _check_token(self, request: web.Request, access: Access) -> None:
+        """Raise Unauthorized where a token is set and the request doesn't show it."""
+        if access is Access.BOARDS and not _shows_token(request, self._settings.device_token, in_query=True):
+            raise Unauthorized("a valid device token is required")
+        if access is Access.CALLERS and not _shows_token(request, self._settings.api_token):
+            raise Unauthorized("a valid API token is required")
+
+    # -- handlers ------------------------------------------------------------------------------------------------------
+
+    async def serve_device(self, request: web.Request) -> web.StreamResponse:
+        """`GET /ws/{device_id}`: a board connects."""
+        if not re.fullmatch(DEVICE_ID_PATTERN, request.match_info["device_id"]):
+            raise InvalidFieldValue("device_id in the path must be 1 to 64 of A-Z a-z 0-9 . _ -")
+        if self._gateway.is_stopping:
+            raise Stopping("the gateway is going down")
+        return await DeviceSocket(self._gateway, self._settings, request).serve()
+
+    async def health(self, request: web.Request) -> web.Response:
+        """`GET /health`: open to all; without the token, where one is set, it says no more than the status."""
+        _query(request)
+        health = self._gateway.health()
+        status = 200 if health["status"] == "ok" else 503
+        if not _shows_token(request, self._settings.api_token):
+            health = {"status": health["status"]}
+        return json_response(health, status)
+
+    async def devices(self, request: web.Request) -> web.Response:
+        """`GET /devices`."""
+        query = _query(request, "device_type", "online")
+        online = _one_of(query, "online", ("true", "false"))
+        devices = self._gateway.registry.matching(
+            query.get("device_type"), is_online=None if online is None else online == "true"
+        )
+        return json_response({"total": len(devices), "devices": [device.record() for device in devices]})
+
+    async def device(self, request: web.Request) -> web.Response:
+        """`GET /devices/{device_id}`."""
+        _query(request)
+        return json_response(self._gateway.registry.get(request.match_info["device_id"]).record())
+
+    async def command(self, request: web.Request) -> web.Response:
+        """`POST /command`."""
+        query = _query(request, "device_type", "device_id", "command_name", "payload", "timeout", "wait")
+        wanted = decode_command(query, await _body(request))
+        command = await self._gateway.route_command(wanted)
+        if wanted.wait:
+            await self._gateway.wait_for_answers(command, wanted.wait)
+        return json_response(command.record(with_answers=wanted.wait > 0))
+
+    async def state_history(self, request: web.Request) -> web.Response:
+        """`GET /state-history/{device_id}`."""
+        span = _span(_query(request, "limit", "since", "until", "before_id"))
+        device = self._gateway.registry.get(request.match_info["device_id"])
+        states = await self._store.state_history(device.device_id, span)
+        return json_response({"device_id": device.device_id, "total": len(states), "states": states})
+
+    async def connection_history(self, request: web.Request) -> web.Response:
+        """`GET /device-connection-history/{device_id}`."""
+        query = _query(request, "limit", "since", "until", "before_id", "event")
+        event, span = _one_of(query, "event", CONNECTION_EVENTS), _span(query)
+        device = self._gateway.registry.get(request.match_info["device_id"])
+        events = await self._store.connection_history(device.device_id, event, span)
+        return json_response({"device_id": device.device_id, "total": len(events), "events": events})
+
+    async def command_logs(self, request: web.Request) -> web.Response:
+        """`GET /command-logs`."""
+        query = _query(request, "limit", "since", "until", "status", "device_type")
+        status, span = _one_of(query, "status", COMMAND_STATUSES), _span(query)
+        logs = await self._store.command_logs(status, query.get("device_type"), span)
+        return json_response({"total": len(logs), "logs": logs})
+
+    async def command_log(self, request: web.Request) -> web.Response:
+        """`GET /command-logs/{command_id}`."""
+        _query(request)
+        command_id = request.match_info["command_id"]
+        row = await self._store.command(command_id)
+        if row is None:
+            raise CommandNotFound(f"command {command_id[:64]!r} was never given")
+        return json_response(row)
+
+
 # ======================================================================================================================
 # Service
 # ======================================================================================================================
-
-GATEWAY = web.AppKey("gateway", Gateway)
-STORE = web.AppKey("store", Store)
 
 # 1,000 boards and their callers, four times over; idle connections cost 10 KB each, so at most 40 MB.
 MAX_CONNECTIONS = 4096
@@ -2979,323 +3085,7 @@ LINGERING_TIME_S = 2.0  # for the rest of a body that was refused, so that the c
 HANDLERS_TIMEOUT_S = 3.0  # at a stop, for answers that are under way
 STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's TimeoutStopSec is above the sum of all
 UPKEEP_INTERVAL_S = 1.0
-
-
-def build_app(settings: Settings) -> web.Application:
-    """The gateway as an aiohttp application. The store opens and closes with it.
-
-    Whoever runs it awaits `app[GATEWAY].stop()` before its clean-up, which is deaf to the boards' close replies.
-    """
-    store = Store(settings.database_path, settings.commit_interval_s)
-    gateway = Gateway(settings, store)
-    rest = RestApi(settings, gateway, store)
-    app = web.Application(middlewares=[rest.guard], client_max_size=MAX_BODY_BYTES)
-    app[GATEWAY] = gateway
-    app[STORE] = store
-    app.add_routes(rest.routes())
-
-    async def run_store(_: web.Application) -> AsyncIterator[None]:
-        restored = store.open()  # nobody is served yet, so nobody waits for this disk access
-        gateway.start(restored)
-        yield
-        if not await store.close(STORE_CLOSE_TIMEOUT_S):
-            raise StoreUnavailable("not all that was queued could be written")
-
-    app.cleanup_ctx.append(run_store)
-    return app
-
-
-async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
-    """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError."""
-    notifier = Notifier(os.environ)
-    tls = _tls_context(settings)
-    sockets = _bind(settings.host, settings.port)
-    app = build_app(settings)
-    runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
-    ending = Ending()
-    async with contextlib.AsyncExitStack() as stack:  # what comes first ends last
-        for listener in sockets:
-            stack.callback(listener.close)
-        stack.push_async_callback(ending.step, "clean-up", runner.cleanup)
-        await runner.setup()
-        assert runner.server is not None
-        stack.push_async_callback(ending.step, "goodbye", app[GATEWAY].stop)
-        door = Door(runner.server, app[GATEWAY].repeats)
-        for listener in sockets:
-            server = await asyncio.get_running_loop().create_server(
-                door.let_in,
-                sock=listener,
-                ssl=tls,
-                ssl_handshake_timeout=None if tls is None else KEEPALIVE_TIMEOUT_S,
-                backlog=LISTEN_BACKLOG,
-            )
-            stack.callback(server.close)
-        upkeep = Upkeep(app, door, notifier, stack.enter_context(FullCollections()))
-        tasks = [asyncio.create_task(upkeep.run()), asyncio.create_task(stop.wait())]
-        stack.push_async_callback(ending.step, "upkeep", functools.partial(_end_tasks, tasks))
-        port = sockets[0].getsockname()[1]
-        database = str(settings.database_path.absolute())
-        log.info("listening", address=settings.host, port=port, tls=tls is not None, database=database)
-        notifier.send("READY=1")
-        on_ready(port)
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        notifier.send("STOPPING=1", "STATUS=stopping")
-        log.info("stopping", devices_online=len(app[GATEWAY].registry.matching(is_online=True)))
-    log.info("stopped", exit_code=ending.exit_code)
-    return ending.exit_code
-
-
-class Ending:
-    """The steps of a stop. One that fails is logged and shows in the exit code, and those after it follow all the same."""
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-
-    async def step(self, name: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Do one step."""
-        try:
-            await work()
-        except Exception as error:
-            self.exit_code = 1
-            log.error("stop_step_failed", step=name, error=str(error), exc_info=not isinstance(error, GatewayError))
-
-
-async def _end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel what still runs, wait for its end, raise what went wrong."""
-    for task in tasks:
-        task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception):
-            raise result
-
-
 LISTEN_BACKLOG = 1024  # a whole fleet after a power cut; the kernel caps it at net.core.somaxconn
-
-
-def _bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to the address, both families where the name or the wildcard has both. Raises StartError."""
-    sockets: list[socket.socket] = []
-    try:
-        if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
-            return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=LISTEN_BACKLOG)]
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=LISTEN_BACKLOG))
-            port = port or sockets[0].getsockname()[1]
-    except (OSError, UnicodeError) as error:
-        for bound in sockets:
-            bound.close()
-        match error:
-            case socket.gaierror(strerror=str(text)):
-                reason = text
-            case OSError(errno=int(number)):  # its own text says the address once more
-                reason = os.strerror(number)
-            case _:
-                reason = str(error)
-        raise StartError(f"can't listen on {host} port {port}: {reason}") from None
-    return sockets
-
-
-def _tls_context(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    for path in (settings.tls_cert, settings.tls_key):
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise StartError(f"can't read {path}: {error.strerror}") from None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=_no_password)
-    except (ssl.SSLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise StartError(f"can't use the certificate {settings.tls_cert} with {settings.tls_key}: {reason}") from None
-    return context
-
-
-def _no_password() -> str:
-    raise ValueError("the key is encrypted, and a service has nobody to ask for its password")
-
-
-class Door:
-    """Lets connections in, up to a limit: those over it get a cheap no, and those that are in stay."""
-
-    def __init__(self, server: web.Server, repeats: RepeatLog) -> None:
-        self._server = server
-        self._loop = asyncio.get_running_loop()
-        self._limit = min(MAX_CONNECTIONS, open_files_limit() - RESERVED_FILES)
-        if self._limit <= 0:
-            raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
-        self._repeats = repeats
-        self._let_in = 0
-
-    def let_in(self) -> asyncio.Protocol:
-        """What a connection that arrives is served by."""
-        if len(self._server.connections) >= self._limit:
-            self._repeats.warning("connections_refused", "", limit=self._limit)
-            return _Refusal()
-        self._let_in += 1
-        return HttpConnection(
-            self._server,
-            loop=self._loop,
-            access_log=None,  # type: ignore[arg-type]  # none: the lines would cost more than the requests
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-            lingering_time=LINGERING_TIME_S,
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-            auto_decompress=False,
-        )
-
-    @property
-    def inside(self) -> Sequence[web.RequestHandler]:
-        """The connections that are in."""
-        return self._server.connections
-
-    @property
-    def left(self) -> int:
-        """How many connections have come and gone."""
-        return self._let_in - len(self.inside)
-
-
-class _Refusal(asyncio.Protocol):
-    _BODY = b'{"error":"too many connections","error_code":"RESOURCE_EXHAUSTED"}\n'
-    _HEAD = (
-        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
-    )
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self._HEAD % len(self._BODY) + self._BODY)
-        transport.close()
-
-
-def open_files_limit() -> int:
-    """How many files the process may have open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def raise_open_files_limit() -> None:
-    """Ask for as many files as MAX_CONNECTIONS takes: shells allow 1,024, which 1,000 boards would just about use up."""
-    wanted = MAX_CONNECTIONS + RESERVED_FILES
-    if open_files_limit() < wanted:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-
-
-# -- regular upkeep ----------------------------------------------------------------------------------------------------
-
-
-class Upkeep:
-    """Everything that is due regularly. The watchdog's ping comes from here, so it shows that the loop turns."""
-
-    def __init__(self, app: web.Application, door: Door, notifier: Notifier, collections: FullCollections) -> None:
-        self._gateway, self._store = app[GATEWAY], app[STORE]
-        self._door = door
-        self._notifier = notifier
-        self._collections = collections
-        self._unread = UnreadAnswers()
-
-    async def run(self) -> NoReturn:
-        """Do it again and again."""
-        interval_s = min(UPKEEP_INTERVAL_S, self._notifier.watchdog_s / 3)
-        while True:
-            self._gateway.sweep()
-            self._unread.drop_stuck(self._door.inside)
-            self._collections.collect_when_due(self._door.left, len(self._door.inside))
-            online, open_commands = len(self._gateway.registry.matching(is_online=True)), len(self._gateway.commands)
-            self._notifier.send_status(f"{online} devices online, {open_commands} open commands")
-            if self._store.is_writer_alive():
-                self._notifier.send("WATCHDOG=1")
-            await asyncio.sleep(interval_s)
-
-
-class UnreadAnswers:
-    """Finds connections whose peer doesn't take what waits for it, and drops them: they would keep it in memory for ever."""
-
-    TIMEOUT_S = 30.0
-
-    def __init__(self) -> None:
-        self._waiting: dict[web.RequestHandler, tuple[int, float]] = {}  # bytes, and since when they have not become fewer
-
-    def drop_stuck(self, connections: Iterable[web.RequestHandler]) -> None:
-        """Look at all connections; to be called about once a second."""
-        now_s = time.monotonic()
-        before, self._waiting = self._waiting, {}
-        for connection in connections:
-            transport = connection.transport
-            if transport is None or not (size_bytes := transport.get_write_buffer_size()):
-                continue
-            before_bytes, since_s = before.get(connection, (0, now_s))
-            self._waiting[connection] = size_bytes, since_s if size_bytes >= before_bytes > 0 else now_s
-            if now_s - self._waiting[connection][1] > self.TIMEOUT_S:
-                transport.abort()
-
-
-class FullCollections:
-    """Python's full garbage collections, held off until so much has ended that one is worth it.
-
-    One stops the loop for about half a microsecond an object: 80 ms with 1,000 boards connected, measured on a server,
-    and Python would start one whenever there is a quarter more to look through. What needs them here are connections that
-    have ended: their parts refer to each other. The younger generations are collected as ever.
-    """
-
-    MIN_ENDED = 1000  # connections, about 10 KB each
-
-    def __enter__(self) -> FullCollections:
-        self._ended_before = 0
-        self._threshold = gc.get_threshold()
-        gc.collect()
-        gc.freeze()  # what was imported lives for ever: nothing to look through
-        gc.set_threshold(*self._threshold[:2], 1_000_000)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        gc.set_threshold(*self._threshold)
-        gc.unfreeze()
-
-    def collect_when_due(self, ended: int, alive: int) -> None:
-        """Collect when enough of the connections of all time have ended since the last one, compared with those alive."""
-        if ended - self._ended_before >= max(self.MIN_ENDED, alive):
-            self._ended_before = ended
-            gc.collect()
-
-
-class Notifier:
-    """systemd's notification socket (sd_notify(3)); does nothing where there is none."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        """Read NOTIFY_SOCKET and WATCHDOG_USEC. `watchdog_s` is how long systemd waits for a ping, at the longest."""
-        address = environ.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        watchdog_usec = environ.get("WATCHDOG_USEC", "")
-        self.watchdog_s = (int(watchdog_usec) if watchdog_usec.isdecimal() else 0) / 1e6 or math.inf
-        self._status = ""
-        self._has_failed = False
-
-    def send(self, *assignments: str) -> None:
-        """Send one datagram of such assignments as READY=1."""
-        if self._address:
-            self._send("\n".join(assignments))
-
-    def send_status(self, text: str) -> None:
-        """Send what `systemctl status` shows, unless it shows that already."""
-        if self._address and text != self._status and self._send(f"STATUS={text}"):
-            self._status = text
-
-    def _send(self, datagram: str) -> bool:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
-                out.setblocking(False)
-                out.sendto(datagram.encode(), self._address)
-        except OSError as error:
-            if not self._has_failed:
-                log.warning("notify_failed", address=self._address, error=str(error))
-            self._has_failed = True
-            return False
-        self._has_failed = False
-        return True
-
 
 # -- logging -----------------------------------------------------------------------------------------------------------
 
@@ -3326,7 +3116,7 @@ class BackgroundHandler(logging.Handler):
             self._dropped += 1
 
     def close(self) -> None:
-        """Write what waits, for CLOSE_TIMEOUT_S at the most. `logging` calls it at the end of the program."""
+        """Write what waits, for twice CLOSE_TIMEOUT_S at the most. `logging` calls it at the end of the program."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=self.CLOSE_TIMEOUT_S)
             self._writer.join(self.CLOSE_TIMEOUT_S)
@@ -3410,6 +3200,333 @@ def _render_for_journal(logger: Any, name: str, event: structlog.typing.EventDic
     return f"<{priority}>{text} {_render_fields(logger, name, fields)}".rstrip().replace("\n", f"\n<{priority}>")
 
 
+# -- listening ---------------------------------------------------------------------------------------------------------
+
+
+def open_files_limit() -> int:
+    """How many files the process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def raise_open_files_limit() -> None:
+    """Ask for as many files as MAX_CONNECTIONS takes: shells allow 1,024, which 1,000 boards would just about use up."""
+    wanted = MAX_CONNECTIONS + RESERVED_FILES
+    if open_files_limit() < wanted:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets bound to the address, both families where the name or the wildcard has both. Raises StartError."""
+    sockets: list[socket.socket] = []
+    try:
+        if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
+            return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=LISTEN_BACKLOG)]
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=LISTEN_BACKLOG))
+            port = port or sockets[0].getsockname()[1]
+    except (OSError, UnicodeError) as error:
+        for bound in sockets:
+            bound.close()
+        match error:
+            case socket.gaierror(strerror=str(text)):
+                reason = text
+            case OSError(errno=int(number)):  # its own text says the address once more
+                reason = os.strerror(number)
+            case _:
+                reason = str(error)
+        raise StartError(f"can't listen on {host} port {port}: {reason}") from None
+    return sockets
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted, and a service has nobody to ask for its password")
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    for path in (settings.tls_cert, settings.tls_key):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise StartError(f"can't read {path}: {error.strerror}") from None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=_no_password)
+    except (ssl.SSLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise StartError(f"can't use the certificate {settings.tls_cert} with {settings.tls_key}: {reason}") from None
+    return context
+
+
+class _Refusal(asyncio.Protocol):
+    _BODY = b'{"error":"too many connections","error_code":"RESOURCE_EXHAUSTED"}\n'
+    _HEAD = (
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+    )
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._HEAD % len(self._BODY) + self._BODY)
+        transport.close()
+
+
+class Door:
+    """Lets connections in, up to a limit: those over it get a cheap no, and those that are in stay."""
+
+    def __init__(self, server: web.Server, repeats: RepeatLog) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._limit = min(MAX_CONNECTIONS, open_files_limit() - RESERVED_FILES)
+        if self._limit <= 0:
+            raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
+        self._repeats = repeats
+        self._let_in = 0
+
+    def let_in(self) -> asyncio.Protocol:
+        """What a connection that arrives is served by."""
+        if len(self._server.connections) >= self._limit:
+            self._repeats.warning("connections_refused", "", limit=self._limit)
+            return _Refusal()
+        self._let_in += 1
+        return HttpConnection(
+            self._server,
+            loop=self._loop,
+            access_log=None,  # type: ignore[arg-type]  # none: the lines would cost more than the requests
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            lingering_time=LINGERING_TIME_S,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            auto_decompress=False,
+        )
+
+    @property
+    def inside(self) -> Sequence[web.RequestHandler]:
+        """The connections that are in."""
+        return self._server.connections
+
+    @property
+    def ended(self) -> int:
+        """How many connections have come and gone."""
+        return self._let_in - len(self.inside)
+
+
+# -- regular upkeep ----------------------------------------------------------------------------------------------------
+
+
+class Notifier:
+    """systemd's notification socket (sd_notify(3)); does nothing where there is none."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        """Read NOTIFY_SOCKET and WATCHDOG_USEC. `watchdog_s` is how long systemd waits for a ping, at the longest."""
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        watchdog_usec = environ.get("WATCHDOG_USEC", "")
+        self.watchdog_s = (int(watchdog_usec) if watchdog_usec.isdecimal() else 0) / 1e6 or math.inf
+        self._status = ""
+        self._has_failed = False
+
+    def send(self, *assignments: str) -> None:
+        """Send one datagram of such assignments as READY=1."""
+        if self._address:
+            self._send("\n".join(assignments))
+
+    def send_status(self, text: str) -> None:
+        """Send what `systemctl status` shows, unless it shows that already."""
+        if self._address and text != self._status and self._send(f"STATUS={text}"):
+            self._status = text
+
+    def _send(self, datagram: str) -> bool:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+                out.setblocking(False)
+                out.sendto(datagram.encode(), self._address)
+        except OSError as error:
+            if not self._has_failed:
+                log.warning("notify_failed", address=self._address, error=str(error))
+            self._has_failed = True
+            return False
+        self._has_failed = False
+        return True
+
+
+class UnreadAnswers:
+    """Finds connections whose peer doesn't take what waits for it, and drops them: they would keep it in memory for ever."""
+
+    TIMEOUT_S = 30.0
+
+    def __init__(self) -> None:
+        self._waiting: dict[web.RequestHandler, tuple[int, float]] = {}  # bytes, and since when they have not become fewer
+
+    def drop_stuck(self, connections: Iterable[web.RequestHandler]) -> None:
+        """Look at all connections; to be called about once a second."""
+        now_s = time.monotonic()
+        before, self._waiting = self._waiting, {}
+        for connection in connections:
+            transport = connection.transport
+            if transport is None or not (size_bytes := transport.get_write_buffer_size()):
+                continue
+            before_bytes, since_s = before.get(connection, (0, now_s))
+            self._waiting[connection] = size_bytes, since_s if size_bytes >= before_bytes > 0 else now_s
+            if now_s - self._waiting[connection][1] > self.TIMEOUT_S:
+                transport.abort()
+
+
+class FullCollections:
+    """Python's full garbage collections, held off until so much has ended that one is worth it.
+
+    One stops the loop for about half a microsecond an object: 80 ms with 1,000 boards connected, measured on a server,
+    and Python would start one whenever there is a quarter more to look through. What needs them here are connections that
+    have ended: their parts refer to each other. The younger generations are collected as ever.
+    """
+
+    MIN_ENDED = 1000  # connections, about 10 KB each
+
+    def __enter__(self) -> FullCollections:
+        self._ended_before = 0
+        self._threshold = gc.get_threshold()
+        gc.collect()
+        gc.freeze()  # what was imported lives for ever: nothing to look through
+        gc.set_threshold(*self._threshold[:2], 1_000_000)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.set_threshold(*self._threshold)
+        gc.unfreeze()
+
+    def collect_when_due(self, ended: int, alive: int) -> None:
+        """Collect when enough of the connections of all time have ended since the last one, compared with those alive."""
+        if ended - self._ended_before >= max(self.MIN_ENDED, alive):
+            self._ended_before = ended
+            gc.collect()
+
+
+class Upkeep:
+    """Everything that is due regularly. The watchdog's ping comes from here, so it shows that the loop turns."""
+
+    def __init__(self, gateway: Gateway, store: Store, door: Door, notifier: Notifier, collections: FullCollections) -> None:
+        self._gateway = gateway
+        self._store = store
+        self._door = door
+        self._notifier = notifier
+        self._collections = collections
+        self._unread = UnreadAnswers()
+
+    async def run(self) -> NoReturn:
+        """Do it again and again."""
+        interval_s = min(UPKEEP_INTERVAL_S, self._notifier.watchdog_s / 3)
+        while True:
+            self._gateway.sweep()
+            self._unread.drop_stuck(self._door.inside)
+            self._collections.collect_when_due(self._door.ended, len(self._door.inside))
+            online, open_commands = len(self._gateway.registry.matching(is_online=True)), len(self._gateway.commands)
+            self._notifier.send_status(f"{online} devices online, {open_commands} open commands")
+            if self._store.is_writer_alive:
+                self._notifier.send("WATCHDOG=1")
+            await asyncio.sleep(interval_s)
+
+
+# -- start and stop ----------------------------------------------------------------------------------------------------
+
+
+GATEWAY = web.AppKey("gateway", Gateway)
+STORE = web.AppKey("store", Store)
+
+
+def build_app(settings: Settings) -> web.Application:
+    """The gateway as an aiohttp application. The store opens and closes with it.
+
+    Whoever runs it awaits `app[GATEWAY].stop()` before its clean-up, which is deaf to the boards' close replies.
+    """
+    store = Store(settings.database_path, settings.commit_interval_s)
+    gateway = Gateway(settings, store)
+    rest = RestApi(settings, gateway, store)
+    app = web.Application(middlewares=[rest.guard], client_max_size=MAX_BODY_BYTES)
+    app[GATEWAY] = gateway
+    app[STORE] = store
+    app.add_routes(rest.routes())
+
+    async def run_store(_: web.Application) -> AsyncIterator[None]:
+        restored = store.open()  # nobody is served yet, so nobody waits for this disk access
+        try:
+            gateway.start(restored)
+            yield
+        finally:
+            is_clean = await store.close(STORE_CLOSE_TIMEOUT_S)
+        if not is_clean:
+            raise StoreUnavailable("not all that was queued could be written")
+
+    app.cleanup_ctx.append(run_store)
+    return app
+
+
+async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel what still runs, wait for its end, raise what went wrong."""
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception):
+            raise result
+
+
+class Ending:
+    """The steps of a stop. One that fails is logged and shows in the exit code, and those after it follow all the same."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+
+    async def step(self, name: str, work: Callable[[], Awaitable[object]]) -> None:
+        """Do one step."""
+        try:
+            await work()
+        except Exception as error:
+            self.exit_code = 1
+            log.error("stop_step_failed", step=name, error=str(error), exc_info=not isinstance(error, GatewayError))
+
+
+async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
+    """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError."""
+    notifier = Notifier(os.environ)
+    tls = _tls_context(settings)
+    sockets = _bind(settings.host, settings.port)
+    app = build_app(settings)
+    runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
+    ending = Ending()
+    async with contextlib.AsyncExitStack() as stack:  # what comes first ends last
+        for listener in sockets:
+            stack.callback(listener.close)
+        stack.push_async_callback(ending.step, "clean-up", runner.cleanup)
+        await runner.setup()
+        assert runner.server is not None
+        stack.push_async_callback(ending.step, "goodbye", app[GATEWAY].stop)
+        door = Door(runner.server, app[GATEWAY].repeats)
+        for listener in sockets:
+            server = await asyncio.get_running_loop().create_server(
+                door.let_in,
+                sock=listener,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else KEEPALIVE_TIMEOUT_S,
+                backlog=LISTEN_BACKLOG,
+            )
+            stack.callback(server.close)
+        upkeep = Upkeep(app[GATEWAY], app[STORE], door, notifier, stack.enter_context(FullCollections()))
+        tasks = [asyncio.create_task(upkeep.run()), asyncio.create_task(stop.wait())]
+        stack.push_async_callback(ending.step, "upkeep", functools.partial(end_tasks, tasks))
+        port = sockets[0].getsockname()[1]
+        database = str(settings.database_path.absolute())
+        log.info("listening", address=settings.host, port=port, tls=tls is not None, database=database)
+        notifier.send("READY=1")
+        on_ready(port)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        notifier.send("STOPPING=1", "STATUS=stopping")
+        log.info("stopping", devices_online=len(app[GATEWAY].registry.matching(is_online=True)))
+    log.info("stopped", exit_code=ending.exit_code)
+    return ending.exit_code
+
+
 # ======================================================================================================================
 # Simulator
 # ======================================================================================================================
@@ -3484,7 +3601,7 @@ class SimulatedBoard:
         while not stop.is_set():
             try:
                 await self._connect_and_work(stop)
-            except (OSError, TimeoutError, websockets.exceptions.WebSocketException) as error:
+            except (OSError, websockets.exceptions.WebSocketException) as error:
                 self._tally.record_error(f"{self.device_id}: {error or type(error).__name__}")
             if not stop.is_set():
                 with contextlib.suppress(TimeoutError):
@@ -3531,11 +3648,11 @@ class SimulatedBoard:
         everything = [*talking, answering, power_cut, stopping]
         try:
             await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
-            await _end_tasks(talking)
+            await end_tasks(talking)
             if not answering.done():  # it still answers while it makes sure that what it sent has arrived
                 await self._confirm(socket_)
         finally:
-            await _end_tasks(everything)
+            await end_tasks(everything)
 
     async def _confirm(self, socket_: websockets.ClientConnection) -> None:
         """A pong tells that the gateway has handled all that was sent before the ping."""
@@ -3576,7 +3693,7 @@ class SimulatedBoard:
                 self._tally.record_ack(message["command_id"], self.device_id)
 
 
-_UNANSWERED = (OSError, aiohttp.ClientError, TimeoutError, LookupError)  # what a question to the gateway can end with
+_UNANSWERED = (OSError, aiohttp.ClientError, LookupError)  # what a question to the gateway can end with
 
 
 class Fleet:
@@ -3626,7 +3743,7 @@ class Fleet:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._plan.duration_s):
                     await stop.wait()
-            await _end_tasks([caller])
+            await end_tasks([caller])
             if (unsent := self._plan.commands - len(self._commands)) and not stop.is_set():
                 self.tally.missing.append(f"{unsent} of {self._plan.commands} commands were refused, or late for --duration")
             if down := sum(not board.connections for board in self._boards):
@@ -3635,7 +3752,7 @@ class Fleet:
             power_off.set()
             await asyncio.gather(*boards)
         finally:
-            await _end_tasks([caller, screen, *boards])
+            await end_tasks([caller, screen, *boards])
         return worked_s
 
     async def _send_commands(self, session: aiohttp.ClientSession) -> None:
@@ -3757,20 +3874,94 @@ def _percentiles(times_s: list[float]) -> str:
 # ======================================================================================================================
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for. Returns the exit code: 0, 1 for a failure, 2 for a bad setting."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    raise_open_files_limit()
+def _serve_parser() -> argparse.ArgumentParser:
+    settings = "; ".join(f"{option.variable} ({option.help})" for option in OPTIONS.values() if option.flag is None)
+    parser = argparse.ArgumentParser(
+        prog="amhrpd.py",
+        description="Gateway for ESP32 boards: WebSocket for the boards, REST for callers, history in SQLite. "
+        "'amhrpd.py simulate --help' tells of the fleet of boards to try it with.",
+        epilog=f"Every flag has an environment variable, which the flag overrides. Only as variables: {settings}.",
+    )
+    parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
+    defaults = Settings()
+    for name, option in OPTIONS.items():
+        if option.flag is not None:
+            default = getattr(defaults, name)
+            text = f"{option.help} [{option.variable}" + (f", {default}]" if default else "]")
+            parser.add_argument(option.flag, dest=name, metavar=option.metavar, help=text.replace("%", "%%"))
+    return parser
+
+
+def _http_url(text: str) -> str:
     try:
-        if words[:1] == ["simulate"]:
-            return _simulate(words[1:])
-        return _serve(words[1:] if words[:1] == ["serve"] else words)
-    except ConfigError as error:
-        _complain(error)
-        return 2
-    except StartError as error:
-        _complain(error)
-        return 1
+        url = urllib.parse.urlsplit(text)
+        is_base = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.path in ("", "/")
+        is_base = is_base and not url.query and not url.fragment
+    except ValueError:
+        is_base = False
+    if not is_base:
+        raise ValueError("it must be http://host:port or https://host:port")
+    return text.rstrip("/")
+
+
+def _secret_argument(text: str) -> str:
+    try:
+        return parse_token(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of settings as one of argparse's, which shows a text only of its own kind of error."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+    return parse_argument
+
+
+def _simulate_parser() -> argparse.ArgumentParser:
+    plan = FleetPlan()
+    parser = argparse.ArgumentParser(
+        prog="amhrpd.py simulate",
+        description="Play a fleet of boards against a running gateway, then ask it whether all that they sent was kept. "
+        "Exit code 1 if anything is missing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(flag: str, field: str, parse: Callable[[str], Any], metavar: str, text: str) -> None:
+        parser.add_argument(flag, dest=field, type=_argument(parse), metavar=metavar, help=text, default=getattr(plan, field))
+
+    add("--url", "url", _http_url, "URL", "the gateway")
+    add("--devices", "devices", integer_between(1, 9999), "N", "how many boards")
+    add("--device-type", "device_type", str, "TYPE", "their type")
+    add("--heartbeat-interval", "heartbeat_interval_s", number_between(0.01, 3600), "S", "seconds between a board's heartbeats")
+    add(
+        "--status-interval",
+        "status_interval_s",
+        number_between(0, 3600),
+        "S",
+        "seconds between a board's snapshots; 0: no pause",
+    )
+    add("--ack-delay", "ack_delay_s", number_between(0, 300), "S", "seconds that a board takes to answer a command")
+    add("--failure-rate", "failure_rate", number_between(0, 1), "P", "share of commands answered with a failure")
+    add("--reconnect-rate", "reconnect_rate", number_between(0, 600), "N", "power cuts a board and minute, at random")
+    add(
+        "--commands",
+        "commands",
+        integer_between(0, 1_000_000),
+        "N",
+        "how many commands to send to all boards, one after the other",
+    )
+    add("--duration", "duration_s", number_between(1, 86400), "S", "seconds")
+    for kind in ("api", "device"):
+        variable = f"AMHRPD_{kind.upper()}_TOKEN"
+        text = f"token, better given as the variable {variable}"
+        parser.add_argument(f"--{kind}-token", type=_secret_argument, metavar="TOKEN", help=text, default=argparse.SUPPRESS)
+    return parser
 
 
 def _complain(error: Exception) -> None:
@@ -3794,7 +3985,7 @@ def _simulate(words: Sequence[str]) -> int:
     for name in ("api_token", "device_token"):
         if name not in values and (text := os.environ.get(OPTIONS[name].variable)):
             try:
-                values[name] = _token(text)
+                values[name] = parse_token(text)
             except ValueError as error:
                 raise ConfigError(f"{OPTIONS[name].variable} is (hidden): {error}") from None
     plan = FleetPlan(**values)
@@ -3810,82 +4001,20 @@ async def _until_signal(run: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     return await run(stop)
 
 
-def _serve_parser() -> argparse.ArgumentParser:
-    settings = "; ".join(f"{option.variable} ({option.help})" for option in OPTIONS.values() if option.flag is None)
-    parser = argparse.ArgumentParser(
-        prog="amhrpd.py",
-        description="Gateway for ESP32 boards: WebSocket for the boards, REST for callers, history in SQLite. "
-        "'amhrpd.py simulate --help' tells of the fleet of boards to try it with.",
-        epilog=f"Every flag has an environment variable, which the flag overrides. Only as variables: {settings}.",
-    )
-    parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
-    defaults = Settings()
-    for name, option in OPTIONS.items():
-        if option.flag is not None:
-            default = getattr(defaults, name)
-            text = f"{option.help} [{option.variable}" + (f", {default}]" if default else "]")
-            parser.add_argument(option.flag, dest=name, metavar=option.metavar, help=text.replace("%", "%%"))
-    return parser
-
-
-def _simulate_parser() -> argparse.ArgumentParser:
-    plan = FleetPlan()
-    parser = argparse.ArgumentParser(
-        prog="amhrpd.py simulate",
-        description="Play a fleet of boards against a running gateway, then ask it whether all that they sent was kept. "
-        "Exit code 1 if anything is missing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-    def add(flag: str, field: str, parse: Callable[[str], Any], metavar: str, text: str) -> None:
-        parser.add_argument(flag, dest=field, type=_argument(parse), metavar=metavar, help=text, default=getattr(plan, field))
-
-    add("--url", "url", _http_url, "URL", "the gateway")
-    add("--devices", "devices", _integer(1, 9999), "N", "how many boards")
-    add("--device-type", "device_type", str, "TYPE", "their type")
-    add("--heartbeat-interval", "heartbeat_interval_s", _number(0.01, 3600), "S", "seconds between a board's heartbeats")
-    add("--status-interval", "status_interval_s", _number(0, 3600), "S", "seconds between a board's snapshots; 0: no pause")
-    add("--ack-delay", "ack_delay_s", _number(0, 300), "S", "seconds that a board takes to answer a command")
-    add("--failure-rate", "failure_rate", _number(0, 1), "P", "share of commands answered with a failure")
-    add("--reconnect-rate", "reconnect_rate", _number(0, 600), "N", "power cuts a board and minute, at random")
-    add("--commands", "commands", _integer(0, 1_000_000), "N", "how many commands to send to all boards, one after the other")
-    add("--duration", "duration_s", _number(1, 86400), "S", "seconds")
-    for kind in ("api", "device"):
-        variable = f"AMHRPD_{kind.upper()}_TOKEN"
-        text = f"token, better given as the variable {variable}"
-        parser.add_argument(f"--{kind}-token", type=_secret_argument, metavar="TOKEN", help=text, default=argparse.SUPPRESS)
-    return parser
-
-
-def _http_url(text: str) -> str:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for. Returns the exit code: 0, 1 for a failure, 2 for a bad setting."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    raise_open_files_limit()
     try:
-        url = urllib.parse.urlsplit(text)
-        is_base = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.path in ("", "/")
-        is_base = is_base and not url.query and not url.fragment
-    except ValueError:
-        is_base = False
-    if not is_base:
-        raise ValueError("it must be http://host:port or https://host:port")
-    return text.rstrip("/")
-
-
-def _secret_argument(text: str) -> str:
-    try:
-        return _token(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of settings as one of argparse's, which shows a text only of its own kind of error."""
-
-    def parse_argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-    return parse_argument
+        if words[:1] == ["simulate"]:
+            return _simulate(words[1:])
+        return _serve(words[1:] if words[:1] == ["serve"] else words)
+    except ConfigError as error:
+        _complain(error)
+        return 2
+    except StartError as error:
+        _complain(error)
+        return 1
 
 
 if __name__ == "__main__":

@@ -872,6 +872,20 @@ async def test_open_commands_are_open_again_after_a_restart(database: Path) -> N
 
 
 @in_a_loop
+async def test_deepest_answer_that_is_taken_stops_no_start(database: Path) -> None:
+    deep = json.loads("[" * 30 + "]" * 30)
+    async with gateway_on(database) as client, client.board("a") as a:
+        answer = await client.post("/command", {"device_type": "ESP32", "command_name": "x", "timeout": 1})
+        await client.post("/command?device_id=a&command_name=open")
+        await say(a, "command_ack", command_id=answer["command_id"], status="failure", payload={"deep": deep})
+        path = f"/command-logs/{answer['command_id']}"
+        await eventually(lambda: row_has(client, path, status="ack_error"))
+    async with gateway_on(database) as client:
+        assert (await client.get(path))["response_data"]["a"]["payload"] == {"deep": deep}
+        assert (await client.get("/health"))["open_commands"] == 1
+
+
+@in_a_loop
 async def test_all_open_commands_are_open_again_and_those_that_lack_an_answer(database: Path) -> None:
     async with gateway_on(database, command_timeout_s=300) as client, client.board("a") as a, client.board("b"):
         answer = await client.post("/command", {"device_type": "ESP32", "command_name": "turn"})
@@ -1042,6 +1056,24 @@ async def test_connection_that_never_registers_is_closed(database: Path) -> None
     async with gateway_on(database, registration_timeout_s=0.3) as client, client.board("silent", None) as board:
         assert await closed_with(board) == 4001
         await client.get("/devices/silent", 404)
+
+
+@in_a_loop
+async def test_defect_of_the_gateway_closes_with_1011_and_one_traceback(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with logged() as events:
+        async with gateway_on(database) as client, client.board("a") as board:
+            monkeypatch.setattr(amhrpd.Gateway, "record_heartbeat", fail)
+            await say(board, "heartbeat")
+            assert await closed_with(board) == 1011
+            await eventually(lambda: not_online(client, "a"))
+            details = (await client.get("/device-connection-history/a"))["events"][0]["details"]
+            assert (details["code"], details["reason"]) == (1011, "internal error")
+    assert [event["event"] for event in events if "exception" in event] == ["connection_failed"]
 
 
 @in_a_loop
@@ -1763,8 +1795,7 @@ async def test_watchdog_stops_when_the_writer_thread_has_died(
             assert (
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(writer.ident or 0), ctypes.py_object(SystemExit)) == 1
             )
-            with client.store._guard:
-                client.store._wake_writer(urgent=True)
+            client.store._backlog.call_writer()
             await eventually(lambda: not writer.is_alive())
             count = len(systemd.listen())
             health = await client.get("/health", 503)
@@ -1801,6 +1832,13 @@ def disk_that_stalls(database: Path) -> Iterator[None]:
         other.execute("BEGIN IMMEDIATE")
         yield
         other.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def disk_that_stalls_later(database: Path) -> Iterator[Callable[[], None]]:
+    """The same from a call of what is yielded on."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(disk_that_stalls(database))
 
 
 def test_unit_is_what_systemd_takes() -> None:
@@ -2013,10 +2051,56 @@ async def test_slow_disk_holds_a_command_up_for_a_second_at_most(database: Path)
 
 
 @in_a_loop
+async def test_slow_disk_makes_no_timeout_of_what_was_not_sent(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        with disk_that_stalls(database):
+            answer = await client.post("/command", {"device_type": "ESP32", "command_name": "stop", "timeout": 1})
+            assert (answer["status"], answer["persisted"]) == ("sent", False)
+
+
+@in_a_loop
+async def test_slow_question_about_history_holds_up_no_command(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+        engine = client.store._file._database.engine
+        is_reading, may_end = threading.Event(), threading.Event()
+
+        def linger(*_: Any) -> None:
+            if threading.current_thread().name == "store-reader":
+                is_reading.set()
+                may_end.wait(PATIENCE_S)
+
+        sa.event.listen(engine, "before_cursor_execute", linger)
+        reading = asyncio.create_task(client.get("/state-history/a"))
+        try:
+            await eventually(is_reading.is_set)
+            answer = await client.post("/command?device_id=a&command_name=x&wait=5")
+            assert (answer["status"], answer.get("persisted", True)) == ("ack_success", True)
+        finally:
+            may_end.set()
+        assert (await reading)["total"] == 0
+
+
+@in_a_loop
+async def test_stop_before_a_disk_that_stalls_is_bounded_and_says_what_is_lost(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd, "STORE_CLOSE_TIMEOUT_S", 1.0)
+    with logged() as events, disk_that_stalls_later(database) as stall:
+        async with gateway_on(database, exit_code=1) as client, client.board("a") as board:
+            stall()
+            await say(board, "status", payload={"a": 1})
+            await eventually(lambda: health_is(client, 503))
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < 5
+    assert named(events, "stop_step_failed")
+    assert named(events, "database_close_timeout") or named(events, "rows_lost")
+
+
+@in_a_loop
 async def test_memory_for_a_disk_that_stays_away_is_bounded_and_dropping_is_counted(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amhrpd.Store, "TELEMETRY_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(amhrpd.Backlog, "TELEMETRY_LIMIT_BYTES", 100_000)
     async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
         with disk_that_stalls(database):
             for n in range(300):
