@@ -892,12 +892,18 @@ async def test_all_open_commands_are_open_again_and_those_that_lack_an_answer(da
         failed = f"/command-logs/{answer['command_id']}"
         await say(a, "command_ack", command_id=answer["command_id"], status="failure")
         await eventually(lambda: row_has(client, failed, status="ack_error", success_count=0, completed_at=None))
-        posts = [client.post("/command?device_id=a&command_name=x") for _ in range(1100)]
-        ids = [answer["command_id"] for answer in await asyncio.gather(*posts)]
+        oldest = (await client.post("/command?device_id=a&command_name=x"))["command_id"]
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        for number in range(1099):
+            db.execute(
+                "INSERT INTO command_logs SELECT ?, device_type, command_name, payload, status, created_at, executed_at, "
+                "completed_at, response_data, target_device_count, success_count FROM command_logs WHERE command_id = ?",
+                (f"copy-{number}", oldest),
+            )
     async with gateway_on(database, command_timeout_s=300) as client, client.board("a") as a, client.board("b") as b:
         assert (await client.get("/health"))["open_commands"] == 1100
-        await say(a, "command_ack", command_id=ids[0])
-        await eventually(lambda: row_has(client, f"/command-logs/{ids[0]}", status="ack_success"))
+        await say(a, "command_ack", command_id=oldest)
+        await eventually(lambda: row_has(client, f"/command-logs/{oldest}", status="ack_success"))
         await say(b, "command_ack", command_id=answer["command_id"])
         row = await eventually(lambda: row_has(client, failed, status="ack_error", success_count=1))
         assert row["completed_at"] is not None
