@@ -46,6 +46,7 @@ import queue
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import sqlite3
@@ -942,6 +943,7 @@ class Backlog:
     # Out of 512 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
     TELEMETRY_LIMIT_BYTES = 32 << 20
     RECORDS_LIMIT_BYTES = 48 << 20  # commands and connection events still get in when telemetry is refused
+    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
     BATCH_SNAPSHOTS = 2000  # about 10 ms of writing here, so a command's row never waits long behind telemetry
 
     def __init__(self) -> None:
@@ -951,6 +953,7 @@ class Backlog:
         self._is_urgent = False  # the next batch is due now, not after the commit interval
         self._is_called = False  # the writer is wanted, though there may be nothing to write
         self._is_closing = False
+        self._deadline_s = math.inf
         self._waiting: list[tuple[int, int, Future[None]]] = []  # for so many records and snapshots to be written
         # The last row of every device: what other rows refer to must be there, in a fresh file too.
         self._known_devices: dict[str, Row] = {}
@@ -984,7 +987,10 @@ class Backlog:
                 return False
             self._pending.snapshots.append(row)
             self._snapshots_put += 1
-            if len(self._pending.snapshots) == 1:  # more of them change nothing for the writer
+            if self._cost_bytes > self.CONGESTED_BYTES and not self._is_urgent:
+                self._is_urgent = True
+                self._changed.notify()
+            elif len(self._pending.snapshots) == 1:  # more of them change nothing for the writer
                 self._changed.notify()
             return True
 
@@ -1040,10 +1046,11 @@ class Backlog:
             self._is_called = self._is_urgent = True
             self._changed.notify()
 
-    def close(self) -> None:
-        """Say that nothing more comes."""
+    def close(self, deadline_s: float) -> None:
+        """Say that nothing more comes, and until when (monotonic) what is there should be written."""
         with self._changed:
             self._is_closing = True
+            self._deadline_s = deadline_s
             self._changed.notify()
 
     @property
@@ -1053,10 +1060,10 @@ class Backlog:
             return self._is_closing
 
     @property
-    def cost_bytes(self) -> int:
-        """The memory that waits to be written."""
+    def is_congested(self) -> bool:
+        """Whether more waits than a disk that keeps up would leave."""
         with self._changed:
-            return self._cost_bytes
+            return self._cost_bytes > self.CONGESTED_BYTES
 
     @property
     def rows_waiting(self) -> int:
@@ -1105,10 +1112,13 @@ class Backlog:
             known = {key: self._known_devices[key] for key in wanted if key in self._known_devices}
             batch.devices = known | batch.devices
 
-    def wait_until_closing(self, timeout_s: float) -> bool:
-        """Wait; True when `close` was called meanwhile or before."""
+    def pause(self, duration_s: float) -> bool:
+        """Wait before what was taken is tried again. False, at once, where the deadline of `close` would pass meanwhile."""
+        until_s = time.monotonic() + duration_s
         with self._changed:
-            return self._changed.wait_for(lambda: self._is_closing, timeout_s)
+            while (now_s := time.monotonic()) < until_s < self._deadline_s:
+                self._changed.wait(until_s - now_s)
+            return until_s < self._deadline_s
 
 
 # -- queries and what they find ----------------------------------------------------------------------------------------
@@ -1297,8 +1307,14 @@ class DatabaseFile:
         return self._load()
 
     def _load_unopened(self) -> Restored:
-        """What earlier runs left, without a byte written. A write-ahead log that a crash left beside the file isn't seen."""
+        """What earlier runs left, without a byte written.
+
+        Raises OSError where a crash left a write-ahead log: what it holds can't be read so, and must not be overwritten.
+        """
         self._disconnect()
+        log_path = self.path.with_name(self.path.name + "-wal")
+        if log_path.exists() and log_path.stat().st_size > 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if not self.path.exists() or self.path.stat().st_size == 0:
             return Restored()
         url = f"sqlite:///file:{urllib.parse.quote(str(self.path.absolute()))}?immutable=1&uri=true"
@@ -1320,19 +1336,37 @@ class DatabaseFile:
         return self._database is not None and self.damage is None
 
     def make_usable(self) -> bool:
-        """Open the file, and first move it aside if it has damage; True where it wasn't open. After a failure, try again."""
-        if self.is_usable:
+        """Open the file where it isn't, or not any more; True where that was to do. After a failure, try again.
+
+        One that has damage is moved aside, and one that somebody put in its place meanwhile is opened.
+        """
+        is_in_place = self._is_in_place()
+        if self.is_usable and is_in_place:
             return False  # without `_swap`, which a query holds as long as it runs
         with self._swap:
-            if self.damage is not None:
+            if not is_in_place:
+                self._disconnect()
+                self._release_lock()
+                self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
+                log.error("database_replaced", path=str(self.path))
+            elif self.damage is not None:
                 self._disconnect()
                 self._move_aside()
-                self.damage = None
+            self.damage = None
             if self._lock_fd is None:
                 self._acquire_lock()
             with self._noting_damage():
                 self._connect()
             return True
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that is locked, if any, is the one that its path names."""
+        if self._lock_fd is None:
+            return True
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._lock_fd))
+        except FileNotFoundError:
+            return False
 
     @contextlib.contextmanager
     def _noting_damage(self) -> Iterator[None]:
@@ -1552,7 +1586,6 @@ class Store:
     sake is logged and left out, so that the rest gets in. All methods belong to the event loop's thread.
     """
 
-    CONGESTED_BYTES = 8 << 20  # above this, boards that flood are slowed down to what the disk takes
     RETRY_S = 0.5  # after a failed batch
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
     RELOG_S = 60.0  # a failure that lasts is logged once a minute
@@ -1570,6 +1603,7 @@ class Store:
         self._failure: str | None = None
         self._writing_since_s: float | None = None
         self._rows_rejected = 0
+        self._commands_rejected: deque[str] = deque(maxlen=1000)  # the ids of the latest
         # Daemon threads: one that hangs in a disk that stalls must not keep the process from ending.
         self._writer = threading.Thread(target=self._write_and_close, name="store-writer", daemon=True)
         self._reader = threading.Thread(target=self._read_forever, name="store-reader", daemon=True)
@@ -1618,11 +1652,13 @@ class Store:
     async def commit_command(self, row: Row, content_bytes: int, timeout_s: float) -> bool:
         """Write a command row and wait until it is committed.
 
-        False after `timeout_s`, and at once when writes fail now or the row was dropped (see put_command).
+        False after `timeout_s`, where the database refused the row, and at once when writes fail now or the row was dropped
+        (see put_command).
         """
         if not self.put_command(row, content_bytes) or self.health().reason is not None:
             return False
-        return await self._is_written(timeout_s, with_snapshots=False)
+        is_written = await self._is_written(timeout_s, with_snapshots=False)
+        return is_written and row["command_id"] not in self._commands_rejected
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until everything put so far is committed. False after `timeout_s`."""
@@ -1641,7 +1677,7 @@ class Store:
     @property
     def is_congested(self) -> bool:
         """Whether telemetry comes in faster than a healthy disk takes it."""
-        return self._failure is None and self._backlog.cost_bytes > self.CONGESTED_BYTES
+        return self._failure is None and self._backlog.is_congested
 
     @property
     def is_writer_alive(self) -> bool:
@@ -1684,7 +1720,6 @@ class Store:
     def _commit_stubbornly(self, batch: Batch) -> bool:
         """Commit the batch, however long that takes. False where a stop gave up on it."""
         logged_s = -math.inf
-        is_last_try = False
         while True:
             self._writing_since_s = time.monotonic()
             try:
@@ -1701,10 +1736,9 @@ class Store:
                     log.error("database_write_failed", reason=_cause(error), rows_waiting=self._backlog.rows_waiting)
             finally:
                 self._writing_since_s = None
-            if is_last_try:
+            if not self._backlog.pause(self.RETRY_S):
                 log.error("rows_lost", rows=self._backlog.rows_waiting, reason=self._failure)
                 return False
-            is_last_try = self._backlog.wait_until_closing(self.RETRY_S)
 
     def _commit(self, batch: Batch) -> None:
         if self._file.make_usable():
@@ -1722,6 +1756,8 @@ class Store:
         refused = self._file.commit_row_by_row(batch)
         for table, row, reason in refused:
             log.error("row_rejected", table=table, reason=reason, row=repr(row))
+            if table == COMMAND_LOGS.name:
+                self._commands_rejected.append(row["command_id"])
         self._rows_rejected += len(refused)
 
     def _check(self) -> None:
@@ -1790,13 +1826,13 @@ class Store:
 
     async def close(self, timeout_s: float) -> bool:
         """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
-        self._backlog.close()
+        self._backlog.close(time.monotonic() + timeout_s)
         if not self.is_writer_alive and not self._closed.done():
             self._reads.put(None)
             log.error("rows_lost", rows=self._backlog.rows_waiting, reason="the writer thread has died")
             return False
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
                 return await asyncio.wrap_future(self._closed)
         except TimeoutError:
             log.error("database_close_timeout", rows=self._backlog.rows_waiting, timeout_s=timeout_s)
@@ -2169,8 +2205,9 @@ class Commands:
             command.expiry = None
         if self._open.pop(command.command_id, None) is not None:
             self._open_bytes -= command.content_bytes
-        self._closed[command.command_id] = command
-        self._closed_bytes += command.content_bytes
+        if command.command_id not in self._closed:
+            self._closed[command.command_id] = command
+            self._closed_bytes += command.content_bytes
         while len(self._closed) > self.MAX_CLOSED or self._closed_bytes > self.MAX_CONTENT_BYTES:
             oldest = self._closed.pop(next(iter(self._closed)))
             self._closed_bytes -= oldest.content_bytes
@@ -3122,10 +3159,17 @@ class BackgroundHandler(logging.Handler):
             self._writer.join(self.CLOSE_TIMEOUT_S)
         super().close()
 
+    def _write(self, line: bytes) -> None:
+        while line:
+            written = self._stderr.write(line)
+            if written is None:  # somebody else made it non-blocking
+                select.select((), (self._stderr,), ())
+            line = line[written or 0 :]
+
     def _write_forever(self) -> None:
         while (record := self._waiting.get()) is not None:
             try:
-                self._stderr.write(self.format(record).encode("utf-8", "backslashreplace") + b"\n")
+                self._write(self.format(record).encode("utf-8", "backslashreplace") + b"\n")
             except OSError:
                 pass  # who read it went away
             except Exception:  # noqa: BLE001 - a record that can't be rendered must not end the log

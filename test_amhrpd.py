@@ -1842,9 +1842,19 @@ def disk_that_stalls(database: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_that_stalls_later(database: Path) -> Iterator[Callable[[], None]]:
-    """The same from a call of what is yielded on."""
+    """The same from a call of what is yielded on, until the next call."""
     with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(disk_that_stalls(database))
+        is_stalled = False
+
+        def stall() -> None:
+            nonlocal is_stalled
+            if is_stalled:
+                stack.close()
+            else:
+                stack.enter_context(disk_that_stalls(database))
+            is_stalled = not is_stalled
+
+        yield stall
 
 
 def test_unit_is_what_systemd_takes() -> None:
@@ -2057,6 +2067,25 @@ async def test_slow_disk_holds_a_command_up_for_a_second_at_most(database: Path)
 
 
 @in_a_loop
+async def test_long_commit_interval_costs_no_snapshot(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Backlog, "CONGESTED_BYTES", 100_000)
+    monkeypatch.setattr(amhrpd.Backlog, "TELEMETRY_LIMIT_BYTES", 1_000_000)
+    async with gateway_on(database, commit_interval_s=3600) as client:
+        for number in range(60):
+            async with client.board(f"b{number}") as board:
+                for n in range(3):
+                    await say(board, "status", payload={"n": n, "text": "x" * 10_000})
+                await eventually(lambda number=number: in_state(client, f"b{number}"))  # type: ignore[misc]
+        health = await client.get("/health")
+        assert (health["rows_dropped"], health["rows_waiting"] < 100) == (0, True)
+
+
+async def in_state(client: Client, device_id: str) -> bool:
+    state = (await client.get(f"/devices/{device_id}"))["state"]
+    return bool(state and state["n"] == 2)
+
+
+@in_a_loop
 async def test_slow_disk_makes_no_timeout_of_what_was_not_sent(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a"):
         with disk_that_stalls(database):
@@ -2084,6 +2113,25 @@ async def test_slow_question_about_history_holds_up_no_command(database: Path) -
         finally:
             may_end.set()
         assert (await reading)["total"] == 0
+
+
+@in_a_loop
+async def test_stop_waits_for_a_disk_that_stalls_for_a_while(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.1)
+    with disk_that_stalls_later(database) as stall:
+
+        async def let_go() -> None:
+            await eventually(lambda: client.gateway.is_stopping)
+            await asyncio.sleep(1.5)  # longer than SQLite itself waits
+            stall()
+
+        async with background() as tasks, gateway_on(database) as client, client.board("a") as board:
+            stall()
+            await say(board, "status", payload={"a": 1})
+            await eventually(lambda: health_is(client, 503))
+            tasks.append(asyncio.create_task(let_go()))
+    assert rows_of(database, "SELECT state_data FROM device_state_snapshots") == [('{"a":1}',)]
+    assert rows_of(database, "SELECT event FROM device_connection_logs") == [("connected",), ("disconnected",)]
 
 
 @in_a_loop
@@ -2141,6 +2189,9 @@ async def test_row_that_can_never_be_written_does_not_hold_up_the_rest(database:
         assert (health["status"], health["rows_rejected"]) == ("ok", 1)
         (event,) = named(events, "row_rejected")
         assert "poisoned" in event["reason"]
+        with contextlib.closing(sqlite3.connect(database)) as db, db:
+            db.execute("CREATE TRIGGER no BEFORE INSERT ON command_logs BEGIN SELECT RAISE(ABORT, 'no commands here'); END")
+        assert (await client.post("/command?device_id=a&command_name=x"))["persisted"] is False
 
 
 @in_a_loop
@@ -2277,6 +2328,29 @@ async def test_log_that_nobody_reads_stops_nothing(database: Path) -> None:
         popen.kill()
         popen.wait()
     assert rows_of(database, "SELECT count(*) FROM command_logs") == [(600,)]
+
+
+@in_a_loop
+async def test_file_that_is_deleted_or_replaced_while_in_use_goes_on(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        await client.post("/command?device_type=none&command_name=first")
+        copy = database.with_name("copy.db")
+        with contextlib.closing(sqlite3.connect(database)) as db, contextlib.closing(sqlite3.connect(copy)) as other:
+            db.backup(other)
+        copy.rename(database)
+        answer = await client.post("/command?device_id=a&command_name=second")
+        assert "persisted" not in answer
+        assert client.rows("SELECT command_name FROM command_logs ORDER BY rowid") == [("first",), ("second",)]
+        assert "replaced" in await notice(client)
+        for path in database.parent.glob("amhrpd.db*"):
+            path.unlink()
+        await client.post("/command?device_id=a&command_name=third")
+        assert client.rows("SELECT command_name FROM command_logs") == [("third",)]
+        assert client.rows("SELECT device_id FROM devices") == [("a",)]
+        with pytest.raises(amhrpd.StartError, match="in use by another gateway"):
+            async with gateway_on(database):
+                pass
+    assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
 
 
 @in_a_loop
