@@ -3432,7 +3432,6 @@ class FullCollections:
     def __enter__(self) -> FullCollections:
         self._ended_before = 0
         self._threshold = gc.get_threshold()
-        gc.collect()
         gc.freeze()  # what was imported lives for ever: nothing to look through
         gc.set_threshold(*self._threshold[:2], 1_000_000)
         return self
