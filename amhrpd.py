@@ -63,7 +63,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args, get_type_hints
 
 import aiohttp
 import dataset
@@ -568,11 +568,14 @@ class Status(BoardMessage, tag="status"):
     payload: dict[str, Any]
 
 
+AckStatus = Literal["success", "failure", "error", "timeout"]  # contract, section 2
+
+
 class CommandAck(BoardMessage, tag="command_ack"):
     """The answer to a command; `execution_time` in seconds. A status that is absent or null means success."""
 
     command_id: str
-    status: Literal["success", "failure", "error", "timeout"] | None = None
+    status: AckStatus | None = None
     payload: dict[str, Any] | None = None
     execution_time: float | None = None
 
@@ -717,6 +720,8 @@ def _refusal(error: Exception) -> GatewayError:
         return InvalidFieldValue(text) if "unknown field" in text else InvalidMessage(f"not a JSON object: {text}")
     if text.startswith("Invalid value") and text.endswith("`$.message_type`"):
         return UnknownMessageType(text.replace("Invalid value", "unknown message_type", 1))
+    if text.startswith("Invalid enum value"):
+        return InvalidFieldValue(f"{text}: it must be one of {', '.join(get_args(AckStatus))}")
     if ", got `" in text or text.startswith("Expected `str` - at"):
         return InvalidFieldType(text)
     return InvalidFieldValue(text)
@@ -1725,7 +1730,7 @@ class Store:
             try:
                 self._commit(batch)
                 if self._failure is not None:
-                    log.warning("database_writes_resumed", rows=len(batch))
+                    log.warning("database_writes_resumed", rows_waiting=self._backlog.rows_waiting)
                 self._failure = None
                 self._backlog.mark_written()
                 return True
@@ -3046,7 +3051,10 @@ class RestApi:
             raise InvalidFieldValue("device_id in the path must be 1 to 64 of A-Z a-z 0-9 . _ -")
         if self._gateway.is_stopping:
             raise Stopping("the gateway is going down")
-        return await DeviceSocket(self._gateway, self._settings, request).serve()
+        try:
+            return await DeviceSocket(self._gateway, self._settings, request).serve()
+        except web.HTTPBadRequest:
+            raise InvalidFieldValue("boards connect here: a WebSocket handshake is expected, of version 13") from None
 
     async def health(self, request: web.Request) -> web.Response:
         """`GET /health`: open to all; without the token, where one is set, it says no more than the status."""
@@ -3487,7 +3495,7 @@ def build_app(settings: Settings) -> web.Application:
 
     Whoever runs it awaits `app[GATEWAY].stop()` before its clean-up, which is deaf to the boards' close replies.
     """
-    store = Store(settings.database_path, settings.commit_interval_s)
+    store = Store(settings.database_path.absolute(), settings.commit_interval_s)
     gateway = Gateway(settings, store)
     rest = RestApi(settings, gateway, store)
     app = web.Application(middlewares=[rest.guard], client_max_size=MAX_BODY_BYTES)
@@ -3766,7 +3774,8 @@ class Fleet:
             try:
                 await self._ask(session, "/devices?device_type=none")
             except _UNANSWERED as error:
-                print(f"amhrpd simulate: no gateway at {self._plan.url}: {error or type(error).__name__}", file=sys.stderr)
+                what = "refused" if isinstance(error, LookupError) else "no gateway"
+                print(f"amhrpd simulate: {what} at {self._plan.url}: {error or type(error).__name__}", file=sys.stderr)
                 return 1
             worked_s = await self._work(session, stop)
             print("asking the gateway what it has kept …", file=sys.stderr)

@@ -582,6 +582,7 @@ async def test_every_refusal_has_its_code_and_leaves_the_connection_open(databas
             assert error["error_code"] == code, (frame[:80], error)
             assert set(error) == {"message_type", "error_code", "error_message", "error"}
             assert error["error"] == error["error_message"]
+            assert "done" not in frame or "success, failure, error, timeout" in error["error"]
             assert 5 < len(error["error"]) < 1000  # a board that gets more than 15,360 bytes hangs up
         await board.send(b"\x00\x01")
         assert (await hear(board, "error"))["error_code"] == "INVALID_MESSAGE"
