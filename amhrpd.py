@@ -683,8 +683,11 @@ def raw(text: JsonText) -> msgspec.Raw:
 
 
 def memory_bytes(text: JsonText | None) -> int:
-    """What a text takes in memory: up to four bytes a character."""
-    return 0 if text is None else sys.getsizeof(text)
+    """What a text takes in memory at the most, the same whenever it is asked.
+
+    Beyond ASCII that is four bytes a character, and as many for the UTF-8 that Python keeps with a text once SQLite read it.
+    """
+    return 0 if text is None else 64 + len(text) * (1 if text.isascii() else 8)
 
 
 def utc_now() -> datetime:
@@ -949,6 +952,7 @@ class Backlog:
     TELEMETRY_LIMIT_BYTES = 32 << 20
     RECORDS_LIMIT_BYTES = 48 << 20  # commands and connection events still get in when telemetry is refused
     CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
+    MAX_CANCELLED = 1000  # of those who gave up waiting, before they are swept out
     BATCH_SNAPSHOTS = 2000  # about 10 ms of writing here, so a command's row never waits long behind telemetry
 
     def __init__(self) -> None:
@@ -1032,7 +1036,8 @@ class Backlog:
         """Done when all that was put so far is written: the records, and with the snapshots or without."""
         done: Future[None] = Future()
         with self._changed:
-            self._waiting = [waiting for waiting in self._waiting if not waiting[2].cancelled()]
+            if len(self._waiting) > self.MAX_CANCELLED:
+                self._waiting = [waiting for waiting in self._waiting if not waiting[2].cancelled()]
             snapshots = self._snapshots_put if with_snapshots else 0
             if self._has_written(self._records_put, snapshots):
                 done.set_result(None)
@@ -1269,6 +1274,7 @@ class DatabaseFile:
         self.notice: str | None = None  # for people: that a corrupt file was moved aside, and where to
         self.damage: str | None = None  # set by whoever finds it, cleared by the owner
         self._lock_fd: int | None = None
+        self._is_inspected = False  # a disk that is full may not let us
         # Held while a query runs, and while one file takes the place of another. Only the owner changes the two below, so
         # it reads them without.
         self._swap = threading.Lock()
@@ -1286,8 +1292,6 @@ class DatabaseFile:
         a newer version, and a file that another gateway has open.
         """
         try:
-            self._acquire_lock()
-            self.damage = self._inspect()
             try:
                 return self._open_and_load()
             except sa.exc.DatabaseError:
@@ -1352,13 +1356,18 @@ class DatabaseFile:
             if not is_in_place:
                 self._disconnect()
                 self._release_lock()
+                self._is_inspected = False
                 self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
                 log.error("database_replaced", path=str(self.path))
-            elif self.damage is not None:
+            if self._lock_fd is None:
+                self._acquire_lock()
+            if not self._is_inspected:
+                self.damage = self._inspect()
+                self._is_inspected = True
+            if self.damage is not None:
                 self._disconnect()
                 self._move_aside()
-            self.damage = None
-            if self._lock_fd is None:
+                self.damage = None
                 self._acquire_lock()
             with self._noting_damage():
                 self._connect()
@@ -1950,10 +1959,13 @@ class Registry:
         """Take a device in. Raises ResourceExhausted when there are too many."""
         if len(self._devices) >= self.MAX_DEVICES:
             raise ResourceExhausted(f"{self.MAX_DEVICES} devices are known already; no new device_id is taken")
-        self._devices[device.device_id] = device
+        self._keep(device)
 
     def restore(self, device: Device) -> None:
         """Take in a device of an earlier run, however many there are."""
+        self._keep(device)
+
+    def _keep(self, device: Device) -> None:
         self._devices[device.device_id] = device
         self._content_bytes += memory_bytes(device.metadata) + memory_bytes(device.state)
 
@@ -2606,9 +2618,9 @@ class DeviceSocket(Connection):
     """One board's WebSocket: frames in, verbs out; frames to the board. The task that serves the handshake owns it all."""
 
     CLOSE_TIMEOUT_S = 2.0  # for the board's echo, which the boards in the field send at once
-    # A board that leaves this much unread doesn't read. Under the transport's high-water mark (64 KiB) with one more
-    # frame on top, so that sending never waits.
-    UNREAD_LIMIT_BYTES = 32 << 10
+    # A board that leaves this much unread doesn't read. No more than asyncio's low-water mark, below which sending never
+    # waits, also after the buffer was full.
+    UNREAD_LIMIT_BYTES = 16 << 10
     TURN_MESSAGES = 64  # about 1 ms of work, then the others have their turn
 
     def __init__(self, gateway: Gateway, settings: Settings, request: web.Request) -> None:
@@ -2636,8 +2648,8 @@ class DeviceSocket(Connection):
         try:
             if not self.is_hung_up:
                 await self._receive_all()
-        except TimeoutError:
-            pass  # hang_up() called this task back
+        except (TimeoutError, ConnectionError):
+            pass  # hang_up() called this task back, or the board went while it was written to
         except Exception:
             log.exception("connection_failed", device_id=self.device_id)
             self.hang_up(WSCloseCode.INTERNAL_ERROR, "internal error")
@@ -3129,6 +3141,7 @@ MAX_CONNECTIONS = 4096
 RESERVED_FILES = 100  # of those the process may have open: for the database, the log, and what Python itself needs
 # Also bounds connections that never send a request or never finish its headers; callers reconnect when they poll slower.
 KEEPALIVE_TIMEOUT_S = 15.0
+TLS_HANDSHAKE_TIMEOUT_S = 5.0  # an ESP32 takes one to three; until it is over nobody counts the connection
 LINGERING_TIME_S = 2.0  # for the rest of a body that was refused, so that the caller gets to read why
 HANDLERS_TIMEOUT_S = 3.0  # at a stop, for answers that are under way
 STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's TimeoutStopSec is above the sum of all
@@ -3517,6 +3530,15 @@ def build_app(settings: Settings) -> web.Application:
     return app
 
 
+def _log_loop_error(repeats: RepeatLog, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """What asyncio can tell nobody else: tasks that failed unseen, and, a thousand times over, that no file is left."""
+    error, message = context.get("exception"), context["message"]
+    if isinstance(error, OSError):
+        repeats.warning("network_trouble", message, problem=message, error=str(error))
+    else:
+        log.error("loop_error", problem=message, exc_info=error)
+
+
 async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
     """Cancel what still runs, wait for its end, raise what went wrong."""
     for task in tasks:
@@ -3556,13 +3578,14 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
         await runner.setup()
         assert runner.server is not None
         stack.push_async_callback(ending.step, "goodbye", app[GATEWAY].stop)
+        asyncio.get_running_loop().set_exception_handler(functools.partial(_log_loop_error, app[GATEWAY].repeats))
         door = Door(runner.server, app[GATEWAY].repeats)
         for listener in sockets:
             server = await asyncio.get_running_loop().create_server(
                 door.let_in,
                 sock=listener,
                 ssl=tls,
-                ssl_handshake_timeout=None if tls is None else KEEPALIVE_TIMEOUT_S,
+                ssl_handshake_timeout=None if tls is None else TLS_HANDSHAKE_TIMEOUT_S,
                 backlog=LISTEN_BACKLOG,
             )
             stack.callback(server.close)
@@ -3643,7 +3666,7 @@ class SimulatedBoard:
         self.device_id = f"sim_{number:04d}"
         self.connections = 0
         self.snapshots_sent = 0
-        self.unconfirmed: set[int] = set()  # snapshots that may have gone with the power
+        self.unconfirmed: set[int] = set()  # snapshots that may have got lost at the end of a connection
         self._plan = plan
         self._run = run
         self._tally = tally
@@ -3700,21 +3723,25 @@ class SimulatedBoard:
         power_cut = asyncio.create_task(asyncio.sleep(random.expovariate(cuts_per_s) if cuts_per_s else math.inf))
         stopping = asyncio.create_task(stop.wait())
         everything = [*talking, answering, power_cut, stopping]
+        is_confirmed = False
         try:
             await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
             await end_tasks(talking)
             if not answering.done():  # it still answers while it makes sure that what it sent has arrived
-                await self._confirm(socket_)
+                is_confirmed = await self._confirm(socket_)
         finally:
+            if not is_confirmed:
+                self.unconfirmed.update(range(self._first_of_connection, self.snapshots_sent))
             await end_tasks(everything)
 
-    async def _confirm(self, socket_: websockets.ClientConnection) -> None:
-        """A pong tells that the gateway has handled all that was sent before the ping."""
+    async def _confirm(self, socket_: websockets.ClientConnection) -> bool:
+        """Whether the gateway has handled all that was sent: it answers a ping after what came before."""
         try:
             async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
                 await (await socket_.ping())
         except (TimeoutError, websockets.exceptions.ConnectionClosed):
-            self.unconfirmed.update(range(self._first_of_connection, self.snapshots_sent))
+            return False
+        return True
 
     async def _send(self, socket_: websockets.ClientConnection, message: dict[str, object]) -> None:
         await socket_.send(to_json(message))

@@ -1066,6 +1066,24 @@ async def test_board_that_promised_heartbeats_and_falls_silent_is_given_up(
 
 
 @in_a_loop
+async def test_connection_that_is_reset_was_lost_and_is_no_defect(database: Path) -> None:
+    with logged() as events:
+        async with gateway_on(database) as client:
+            for _ in range(5):
+                wire = await Wire.connect(client.port, "cam_1")
+                wire.send(REGISTRATION)
+                await eventually(lambda: client.is_online("cam_1"))
+                wire.writer.write(Wire.frame(b"", opcode=9) * 200)  # whose answers find nobody
+                raw = wire.writer.get_extra_info("socket")
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                wire.writer.transport.abort()
+                await eventually(lambda: not_online(client, "cam_1"))
+                details = (await client.get("/device-connection-history/cam_1?limit=1"))["events"][0]["details"]
+                assert (details["code"], details["reason"]) == (None, "the connection was lost")
+    assert [event for event in events if "exception" in event] == []
+
+
+@in_a_loop
 async def test_connection_that_never_registers_is_closed(database: Path) -> None:
     async with gateway_on(database, registration_timeout_s=0.3) as client, client.board("silent", None) as board:
         assert await closed_with(board) == 4001
@@ -2034,17 +2052,20 @@ async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(databa
 
 @in_a_loop
 async def test_start_on_a_full_disk_serves_and_catches_up(database: Path) -> None:
-    for left in ("a clean stop", "nothing"):
+    for left in ("a clean stop", "nothing", "damage"):
         if left == "nothing":
             database.unlink()
         else:
             await fill(database, 3)
+        if left == "damage":
+            await fill(database, 300)
+            spoil(database, 20)
         limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)); "
         limit += f"sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
         async with process_on(database, code=limit) as (process, client):
             assert "the database" in (await client.get("/health", 503))["database"]
             devices = (await client.get("/devices"))["devices"]
-            assert [device["device_id"] for device in devices] == (["a"] if left == "a clean stop" else [])
+            assert "a" in [device["device_id"] for device in devices] or left == "nothing"
             async with client.board("b") as board, background(answer_commands(board)):
                 answer = await client.post("/command?device_id=b&command_name=stop&wait=5")
                 assert (answer["status"], answer["persisted"]) == ("ack_success", False)
@@ -2052,6 +2073,7 @@ async def test_start_on_a_full_disk_serves_and_catches_up(database: Path) -> Non
                 await eventually(lambda: health_is(client, 200))
                 assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
                 assert await client.events("b") == ["connected"]
+                assert ("corrupt" in str(await notice(client))) == (left == "damage")
                 if left == "a clean stop":
                     assert (await client.get("/state-history/a"))["total"] == 3
             process.popen.terminate()
@@ -2073,6 +2095,21 @@ async def test_slow_disk_holds_a_command_up_for_a_second_at_most(database: Path)
             assert await client.is_online("a")
         row = await eventually(lambda: row_has(client, f"/command-logs/{answer['command_id']}", status="ack_success"))
         assert row["success_count"] == 1
+
+
+@in_a_loop
+async def test_limits_hold_for_any_language(database: Path) -> None:
+    """What a text takes is counted the same before it is written and after, when Python keeps its UTF-8 with it."""
+    async with gateway_on(database) as client, client.board("a", metadata={"name": "Wohnzimmer 😀"}) as board:
+        for n in range(3):
+            await say(board, "status", payload={"n": n, "text": "ä€😀" * 1000})
+        await eventually(lambda: in_state(client, "a"))
+        await client.get("/state-history/a")
+        assert client.store._backlog._cost_bytes == 0
+        await say(board, "registration", device_type="ESP32", metadata={})
+        await say(board, "status", payload={})
+        await eventually(lambda: state_is(client, "a", {}))
+        assert client.gateway.registry._content_bytes == 2 * amhrpd.memory_bytes("{}")
 
 
 @in_a_loop
