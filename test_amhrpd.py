@@ -2423,6 +2423,7 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
         await hear(board, "error")
         client.gateway.sweep()
         stored = client.rows("SELECT last_heartbeat FROM devices")
+        assert await client.store.flush(PATIENCE_S)  # and nothing was there to write
         assert commits == []
         monkeypatch.setattr(amhrpd.Gateway, "HEARTBEAT_SAVE_INTERVAL_S", 0.0)
         client.gateway.sweep()
