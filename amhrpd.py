@@ -63,7 +63,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args
 
 import aiohttp
 import dataset
@@ -88,15 +88,156 @@ class ConfigError(Exception):
     """A setting has a value it can't have; the text names the setting, the value and what it may be."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Option:
-    """One setting's outside: its flag (None: never on a command line), its variable, and text -> value (ValueError)."""
+# What a text may be is said by the `title` of its type; numbers and choices speak for themselves.
+Token = Annotated[
+    str,
+    msgspec.Meta(pattern=r"\A[!-9;-~]{8,512}\Z", title="a token of 8 to 512 printable ASCII characters without space or colon"),
+]
+Origins = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"(?i)\A(\s*([a-z][a-z0-9+.-]*://[^\s/,]*/?\s*)?(,|\Z))*\Z",
+        title="scheme://host or scheme://host:port, with commas between",
+    ),
+]
+SqliteUrl = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\Asqlite:///(?!:memory:)[^?]+\Z",
+        title="sqlite:///relative.db or sqlite:////absolute/path.db, which names a file",
+    ),
+]
 
-    flag: str | None
-    variable: str
-    parse: Callable[[str], Any]
-    metavar: str
-    help: str
+
+def seconds(low: float, high: float, text: str) -> Any:
+    """The metadata of a duration in a range, for a field whose name ends in `_s`; `text` is its help."""
+    return msgspec.Meta(ge=low, le=high, description=text)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be set, checked. Durations are seconds.
+
+    A field's flag and variable follow from its name without `_s` (see `flag_of`, `variable_of`), its range, choices and
+    help from its type.
+    """
+
+    host: Annotated[str, msgspec.Meta(description="address to listen on; 0.0.0.0 is every address, IPv6 too")] = "0.0.0.0"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535, description="port to listen on; 0 lets the system choose")] = 8000
+    database_url: Annotated[SqliteUrl, msgspec.Meta(description="the database's file")] = "sqlite:///./amhrpd.db"
+    ping_interval_s: Annotated[
+        float, seconds(0.1, 3600, "seconds between pings; a connection without an answer is given up after 1.5 of them")
+    ] = 20.0
+    heartbeat_timeout_s: Annotated[
+        float, seconds(0.1, 86400, "seconds of silence after which a board that sends heartbeats is given up")
+    ] = 90.0
+    registration_timeout_s: Annotated[float, seconds(0.1, 3600, "seconds that a connection has to register")] = 10.0
+    command_timeout_s: Annotated[
+        float, seconds(1, 300, "seconds that boards have to answer a command that names no timeout")
+    ] = 30.0
+    commit_interval_s: Annotated[float, seconds(0, 3600, "telemetry is written at most once in so many seconds")] = 1.0
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1048576, description="longest message taken from a board")] = (
+        65536
+    )
+    api_token: Annotated[Token | None, msgspec.Meta(description="what callers of the REST API must show")] = None
+    device_token: Annotated[Token | None, msgspec.Meta(description="what boards must show")] = None
+    allowed_origins: Annotated[
+        Origins, msgspec.Meta(description="web pages, besides the gateway's own, that may call it: http://host:port, …")
+    ] = ""
+    tls_cert: Annotated[Path | None, msgspec.Meta(description="certificate chain (PEM): serve https and wss")] = None
+    tls_key: Annotated[Path | None, msgspec.Meta(description="the certificate's private key (PEM)")] = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], msgspec.Meta(description="least level logged")] = "info"
+    log_format: Annotated[
+        Literal["auto", "console", "journal", "json"],
+        msgspec.Meta(description="auto is console on a terminal, journal under systemd, else json"),
+    ] = "auto"
+
+    @property
+    def database_path(self) -> Path:
+        """The file that `database_url` names."""
+        return Path(self.database_url.removeprefix("sqlite:///"))
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """`allowed_origins` one by one, as `normal_origin` writes them."""
+        return frozenset(normal_origin(part.strip().rstrip("/")) for part in self.allowed_origins.split(",") if part.strip())
+
+    @classmethod
+    def load(cls, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
+        """Build the settings from `flags` (field name -> text, None where not given), which win over `environ`.
+
+        An empty text counts as not given. Raises ConfigError on the first value that can't be.
+        """
+        values: dict[str, Any] = {}
+        for field in msgspec.structs.fields(cls):
+            flag, variable = flag_of(field.name), variable_of(field.name)
+            if flag and (text := flags.get(field.name)):
+                values[field.name] = convert_setting(flag, text, field.type)
+            elif text := environ.get(variable):
+                values[field.name] = convert_setting(variable, text, field.type)
+        settings = cls(**values)
+        if (settings.tls_cert is None) != (settings.tls_key is None):
+            raise ConfigError("--tls-cert (AMHRPD_TLS_CERT) and --tls-key (AMHRPD_TLS_KEY) go together: set both or neither")
+        return settings
+
+
+def flag_of(field: str) -> str | None:
+    """The flag of a setting. None for tokens: command lines are seen by everybody on the machine."""
+    return None if field.endswith("_token") else "--" + field.removesuffix("_s").replace("_", "-")
+
+
+def variable_of(field: str) -> str:
+    """The environment variable of a setting."""
+    return "DATABASE_URL" if field == "database_url" else "AMHRPD_" + field.removesuffix("_s").upper()
+
+
+ANY_TEXT = "a text"
+
+
+def requirement(kind: Any) -> str:
+    """What a value of a type may be, in words that follow "it must be"."""
+    kind_info, title = msgspec.inspect.type_info(kind), None
+    while isinstance(kind_info, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
+        if isinstance(kind_info, msgspec.inspect.Metadata):
+            title = title or (kind_info.extra_json_schema or {}).get("title")
+            kind_info = kind_info.type
+        else:
+            kind_info = kind_info.types[0]  # what it is when it isn't None
+    match kind_info:
+        case msgspec.inspect.IntType():
+            return f"a whole number from {kind_info.ge} to {kind_info.le}"
+        case msgspec.inspect.FloatType():
+            return f"a number from {kind_info.ge:g} to {kind_info.le:g}"
+        case msgspec.inspect.LiteralType():
+            return f"one of {', '.join(map(str, kind_info.values))}"
+        case _:
+            return title or ANY_TEXT
+
+
+def help_of(kind: Any) -> str:
+    """What a setting of this type is for and, where its numbers or words are limited, what it may be."""
+    description = (msgspec.inspect.type_info(kind).extra_json_schema or {})["description"]  # type: ignore[attr-defined]
+    return f"{description}; {wanted}" if (wanted := requirement(kind)) != ANY_TEXT else description
+
+
+def convert_setting(source: str, text: str, kind: Any) -> Any:
+    """The value that `text`, which comes from `source`, stands for as a setting of type `kind`. Raises ConfigError."""
+    wanted = requirement(kind)
+    # Numbers come as text. Elsewhere leniency would take the token `null` for none at all.
+    is_strict = "number" not in wanted
+    try:
+        return msgspec.convert(
+            text.lower() if "one of" in wanted else text, kind, strict=is_strict, dec_hook=lambda to, value: to(value)
+        )
+    except msgspec.ValidationError:
+        shown = "(hidden)" if "TOKEN" in source else repr(text)
+        raise ConfigError(f"{source} is {shown}: it must be {wanted}") from None
+
+
+def normal_origin(origin: str) -> str:
+    """An origin as browsers write it: in lower case, without the port that its scheme implies (RFC 6454)."""
+    origin = origin.lower()
+    default_port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "")
+    return origin.removesuffix(default_port) if default_port else origin
 
 
 def number_between(low: float, high: float) -> Callable[[str], float]:
@@ -125,330 +266,45 @@ def integer_between(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def choice_of(*choices: str) -> Callable[[str], str]:
-    """A parser of one of some words, in any case. What it returns raises ValueError."""
-
-    def parse(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"it must be one of {', '.join(choices)}")
-        return text.lower()
-
-    return parse
-
-
-def parse_sqlite_path(text: str) -> Path:
-    """The file that a database URL names. Raises ValueError where it names none."""
-    try:
-        url = sa.make_url(text)
-    except sa.exc.ArgumentError:
-        url = sa.make_url("none://")
-    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:") or url.query:
-        raise ValueError("it must name a file: sqlite:///relative.db or sqlite:////absolute/path.db")
-    return Path(str(url.database))
-
-
-def parse_token(text: str) -> str:
-    """A token: what fits in a header, in Basic authorization and in a query alike. Raises ValueError."""
-    if not re.fullmatch(r"[!-9;-~]{8,512}", text):
-        raise ValueError("a token is 8 to 512 printable ASCII characters without space or colon")
-    return text
-
-
-def normal_origin(origin: str) -> str:
-    """An origin as browsers write it: in lower case, without the port that its scheme implies (RFC 6454)."""
-    origin = origin.lower()
-    default_port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "")
-    return origin.removesuffix(default_port) if default_port else origin
-
-
-def parse_origins(text: str) -> frozenset[str]:
-    """Origins with commas between, normal. Raises ValueError."""
-    origins = frozenset(normal_origin(part.strip().rstrip("/")) for part in text.split(",") if part.strip())
-    for origin in origins:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/,]*", origin):
-            raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, with commas between")
-    return origins
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything that can be set, checked. Durations are seconds."""
-
-    host: Annotated[
-        str, Option("--host", "AMHRPD_HOST", str, "ADDRESS", "address to listen on; 0.0.0.0 is every address, IPv6 too")
-    ] = "0.0.0.0"
-    port: Annotated[
-        int, Option("--port", "AMHRPD_PORT", integer_between(0, 65535), "PORT", "port to listen on; 0 lets the system choose")
-    ] = 8000
-    database_path: Annotated[
-        Path,
-        Option(
-            "--database-url",
-            "DATABASE_URL",
-            parse_sqlite_path,
-            "URL",
-            "the database's file, as sqlite:///relative.db or sqlite:////path.db",
-        ),
-    ] = Path("amhrpd.db")
-    ping_interval_s: Annotated[
-        float,
-        Option(
-            "--ping-interval",
-            "AMHRPD_PING_INTERVAL",
-            number_between(0.1, 3600),
-            "S",
-            "seconds between pings; a connection without an answer is given up after 1.5 of them",
-        ),
-    ] = 20.0
-    heartbeat_timeout_s: Annotated[
-        float,
-        Option(
-            "--heartbeat-timeout",
-            "AMHRPD_HEARTBEAT_TIMEOUT",
-            number_between(0.1, 86400),
-            "S",
-            "seconds of silence after which a board that sends heartbeats is given up",
-        ),
-    ] = 90.0
-    registration_timeout_s: Annotated[
-        float,
-        Option(
-            "--registration-timeout",
-            "AMHRPD_REGISTRATION_TIMEOUT",
-            number_between(0.1, 3600),
-            "S",
-            "seconds that a connection has to register",
-        ),
-    ] = 10.0
-    command_timeout_s: Annotated[
-        float,
-        Option(
-            "--command-timeout",
-            "AMHRPD_COMMAND_TIMEOUT",
-            number_between(1, 300),
-            "S",
-            "seconds that boards have to answer a command that names no timeout",
-        ),
-    ] = 30.0
-    commit_interval_s: Annotated[
-        float,
-        Option(
-            "--commit-interval",
-            "AMHRPD_COMMIT_INTERVAL",
-            number_between(0, 3600),
-            "S",
-            "telemetry is written at most once in so many seconds",
-        ),
-    ] = 1.0
-    max_message_bytes: Annotated[
-        int,
-        Option(
-            "--max-message-bytes",
-            "AMHRPD_MAX_MESSAGE_BYTES",
-            integer_between(1024, 1048576),
-            "N",
-            "longest message taken from a board",
-        ),
-    ] = 65536
-    api_token: Annotated[
-        str | None, Option(None, "AMHRPD_API_TOKEN", parse_token, "TOKEN", "what callers of the REST API must show")
-    ] = None
-    device_token: Annotated[str | None, Option(None, "AMHRPD_DEVICE_TOKEN", parse_token, "TOKEN", "what boards must show")] = (
-        None
-    )
-    allowed_origins: Annotated[
-        frozenset[str],
-        Option(
-            "--allowed-origins",
-            "AMHRPD_ALLOWED_ORIGINS",
-            parse_origins,
-            "ORIGINS",
-            "web pages, besides the gateway's own, that may call it: http://host:port, with commas between",
-        ),
-    ] = frozenset()
-    tls_cert: Annotated[
-        Path | None, Option("--tls-cert", "AMHRPD_TLS_CERT", Path, "FILE", "certificate chain (PEM): serve https and wss")
-    ] = None
-    tls_key: Annotated[
-        Path | None, Option("--tls-key", "AMHRPD_TLS_KEY", Path, "FILE", "the certificate's private key (PEM)")
-    ] = None
-    log_level: Annotated[
-        str,
-        Option(
-            "--log-level",
-            "AMHRPD_LOG_LEVEL",
-            choice_of("debug", "info", "warning", "error"),
-            "LEVEL",
-            "least level logged: debug, info, warning, error",
-        ),
-    ] = "info"
-    log_format: Annotated[
-        str,
-        Option(
-            "--log-format",
-            "AMHRPD_LOG_FORMAT",
-            choice_of("auto", "console", "journal", "json"),
-            "FORMAT",
-            "console, journal or json; auto is console on a terminal, journal under systemd, else json",
-        ),
-    ] = "auto"
-
-    @classmethod
-    def load(cls, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
-        """Build the settings from `flags` (field name -> text, None where not given), which win over `environ`.
-
-        An empty text counts as not given. Raises ConfigError on the first value that can't be.
-        """
-        values: dict[str, Any] = {}
-        for name, option in OPTIONS.items():
-            for source, text in ((option.flag, flags.get(name)), (option.variable, environ.get(option.variable))):
-                if text:
-                    try:
-                        values[name] = option.parse(text)
-                    except ValueError as error:
-                        shown = "(hidden)" if option.flag is None else repr(text)
-                        raise ConfigError(f"{source} is {shown}: {error}") from None
-                    break
-        settings = cls(**values)
-        if (settings.tls_cert is None) != (settings.tls_key is None):
-            raise ConfigError("--tls-cert (AMHRPD_TLS_CERT) and --tls-key (AMHRPD_TLS_KEY) go together: set both or neither")
-        return settings
-
-
-OPTIONS: Mapping[str, Option] = {
-    name: hint.__metadata__[0] for name, hint in get_type_hints(Settings, include_extras=True).items()
-}
-"""The settings' outsides by the name of their field."""
-
 # ======================================================================================================================
 # Errors
 # ======================================================================================================================
 
 
+class Code(enum.Enum):
+    """Every `error_code` of the contract (sections 2 and 6), with the HTTP status that it goes with and what it means."""
+
+    INVALID_MESSAGE = 400, "not JSON, not an object, not text"
+    UNKNOWN_MESSAGE_TYPE = 400, "a message_type that the contract doesn't have"
+    MISSING_REQUIRED_FIELD = 400, "a required field is absent"
+    INVALID_FIELD_TYPE = 400, "a field has a value of another JSON type"
+    INVALID_FIELD_VALUE = 400, "a field has the right type and a value that can't be"
+    UNAUTHORIZED = 401, "no token, a wrong one, or a board that hasn't registered"
+    FORBIDDEN = 403, "a web page of another origin"
+    NOT_FOUND = 404, "no such route"
+    DEVICE_NOT_FOUND = 404, "a device that was never seen"
+    COMMAND_NOT_FOUND = 404, "a command that doesn't exist, or was never sent to the device that answers it"
+    METHOD_NOT_ALLOWED = 405, "the route exists, with another method"
+    REQUEST_TIMEOUT = 408, "a body that doesn't arrive"
+    PAYLOAD_TOO_LARGE = 413, "a body over the limit, or a command that no board could take"
+    UNSUPPORTED_MEDIA_TYPE = 415, "a body that is compressed or in another charset than UTF-8"
+    RESOURCE_EXHAUSTED = 429, "a limit is reached; later it may work"
+    INTERNAL_ERROR = 500, "a defect of the gateway; the log has the traceback"
+    STORE_UNAVAILABLE = 503, "the database can't be read or written at the moment"
+    STOPPING = 503, "the gateway is going down"
+
+
 class GatewayError(Exception):
-    """Something the gateway refuses. Its text says what and where; it goes to the caller or the board as it is."""
+    """What the gateway doesn't do, and why. The text says what and where; it goes to the caller or the board as it is."""
 
-    status: ClassVar[int] = 400
-    error_code: ClassVar[str]
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
-
-class InvalidMessage(GatewayError):
-    """Not JSON, not an object, not text (contract, section 2)."""
-
-    error_code = "INVALID_MESSAGE"
-
-
-class UnknownMessageType(GatewayError):
-    """A `message_type` that section 2 of the contract doesn't have."""
-
-    error_code = "UNKNOWN_MESSAGE_TYPE"
-
-
-class MissingField(GatewayError):
-    """A required field is absent."""
-
-    error_code = "MISSING_REQUIRED_FIELD"
-
-
-class InvalidFieldType(GatewayError):
-    """A field has a value of another JSON type."""
-
-    error_code = "INVALID_FIELD_TYPE"
-
-
-class InvalidFieldValue(GatewayError):
-    """A field has the right type and a value that can't be."""
-
-    error_code = "INVALID_FIELD_VALUE"
-
-
-class Unauthorized(GatewayError):
-    """No token, a wrong token, or a board that hasn't registered."""
-
-    status = 401
-    error_code = "UNAUTHORIZED"
-
-
-class Forbidden(GatewayError):
-    """A web page of another origin."""
-
-    status = 403
-    error_code = "FORBIDDEN"
-
-
-class NotFound(GatewayError):
-    """No such route."""
-
-    status = 404
-    error_code = "NOT_FOUND"
-
-
-class DeviceNotFound(NotFound):
-    """A device that was never seen."""
-
-    error_code = "DEVICE_NOT_FOUND"
-
-
-class CommandNotFound(NotFound):
-    """A command that doesn't exist, or was never sent to the device that answers it."""
-
-    error_code = "COMMAND_NOT_FOUND"
-
-
-class MethodNotAllowed(GatewayError):
-    """The route exists, with another method."""
-
-    status = 405
-    error_code = "METHOD_NOT_ALLOWED"
-
-
-class RequestTimeout(GatewayError):
-    """A body that doesn't arrive."""
-
-    status = 408
-    error_code = "REQUEST_TIMEOUT"
-
-
-class PayloadTooLarge(GatewayError):
-    """A body over the limit, or a command that no board could take."""
-
-    status = 413
-    error_code = "PAYLOAD_TOO_LARGE"
-
-
-class UnsupportedMediaType(GatewayError):
-    """A body that is compressed or in another charset than UTF-8."""
-
-    status = 415
-    error_code = "UNSUPPORTED_MEDIA_TYPE"
-
-
-class ResourceExhausted(GatewayError):
-    """A limit is reached; later it may work."""
-
-    status = 429
-    error_code = "RESOURCE_EXHAUSTED"
-
-
-class InternalError(GatewayError):
-    """A defect of the gateway; the log has the traceback."""
-
-    status = 500
-    error_code = "INTERNAL_ERROR"
-
-
-class StoreUnavailable(GatewayError):
-    """The database can't be read or written at the moment."""
-
-    status = 503
-    error_code = "STORE_UNAVAILABLE"
-
-
-class Stopping(GatewayError):
-    """The gateway is going down."""
-
-    status = 503
-    error_code = "STOPPING"
+    @property
+    def status(self) -> int:
+        """The HTTP status of an answer that says it."""
+        return int(self.code.value[0])
 
 
 class StartError(Exception):
@@ -616,7 +472,7 @@ class CommandRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 def decode_board_message(data: bytes) -> AnyBoardMessage:
     """Decode and validate one text frame of a board.
 
-    Raises InvalidMessage, UnknownMessageType, MissingField, InvalidFieldType or InvalidFieldValue.
+    Raises INVALID_MESSAGE, UNKNOWN_MESSAGE_TYPE, MISSING_REQUIRED_FIELD, INVALID_FIELD_TYPE or INVALID_FIELD_VALUE.
     """
     try:
         data.decode()  # the decoder below doesn't look into keys that it skips
@@ -636,29 +492,29 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
 def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
     """Make one request of what the query and the body of `POST /command` say, in both forms of the contract's section 6.
 
-    Raises InvalidMessage, MissingField, InvalidFieldType or InvalidFieldValue.
+    Raises INVALID_MESSAGE, MISSING_REQUIRED_FIELD, INVALID_FIELD_TYPE or INVALID_FIELD_VALUE.
     """
     fields: dict[str, Any] = dict(query)
     if "payload" in query:
         try:
             fields["payload"] = decode_json(query["payload"].encode())
-        except InvalidMessage as error:
-            raise InvalidMessage(f"payload in the query: {error}") from None
+        except GatewayError as error:
+            raise GatewayError(error.code, f"payload in the query: {error}") from None
     if body.strip():
         content = decode_json(body)
         if "command_name" in query and ("device_type" in query or "device_id" in query):
             content = {"payload": content}
         if not isinstance(content, dict):
-            raise InvalidMessage("the body must be a JSON object")
+            raise GatewayError(Code.INVALID_MESSAGE, "the body must be a JSON object")
         if twice := sorted(fields.keys() & content.keys()):
-            raise InvalidFieldValue(f"{', '.join(twice)}: given in the query and in the body")
+            raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(twice)}: given in the query and in the body")
         fields |= content
     try:
         request = msgspec.convert(fields, CommandRequest, strict=False)
     except msgspec.ValidationError as error:
         raise _refusal(error) from None
     if request.device_type is None and request.device_id is None:
-        raise MissingField("missing required field `device_type` (or `device_id`)")
+        raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` (or `device_id`)")
     return request
 
 
@@ -712,22 +568,26 @@ def _refusal(error: Exception) -> GatewayError:
         half = MAX_REFUSAL_CHARACTERS // 2
         text = f"{text[:half]} … {text[-half:]}"
     if isinstance(error, UnicodeDecodeError):
-        return InvalidMessage(f"not valid UTF-8: byte 0x{error.object[error.start]:02x}")
+        return GatewayError(Code.INVALID_MESSAGE, f"not valid UTF-8: byte 0x{error.object[error.start]:02x}")
     if isinstance(error, RecursionError):
-        return InvalidMessage(f"nested deeper than {MAX_JSON_DEPTH} levels")
+        return GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
     if not isinstance(error, msgspec.ValidationError):
-        return InvalidMessage(f"not valid JSON: {text}")
+        return GatewayError(Code.INVALID_MESSAGE, f"not valid JSON: {text}")
     if text.startswith("Object missing required field"):
-        return MissingField(text.replace("Object missing", "missing", 1))
+        return GatewayError(Code.MISSING_REQUIRED_FIELD, text.replace("Object missing", "missing", 1))
     if "`$" not in text:
-        return InvalidFieldValue(text) if "unknown field" in text else InvalidMessage(f"not a JSON object: {text}")
+        return (
+            GatewayError(Code.INVALID_FIELD_VALUE, text)
+            if "unknown field" in text
+            else GatewayError(Code.INVALID_MESSAGE, f"not a JSON object: {text}")
+        )
     if text.startswith("Invalid value") and text.endswith("`$.message_type`"):
-        return UnknownMessageType(text.replace("Invalid value", "unknown message_type", 1))
+        return GatewayError(Code.UNKNOWN_MESSAGE_TYPE, text.replace("Invalid value", "unknown message_type", 1))
     if text.startswith("Invalid enum value"):
-        return InvalidFieldValue(f"{text}: it must be one of {', '.join(get_args(AckStatus))}")
+        return GatewayError(Code.INVALID_FIELD_VALUE, f"{text}: it must be one of {', '.join(get_args(AckStatus))}")
     if ", got `" in text or text.startswith("Expected `str` - at"):
-        return InvalidFieldType(text)
-    return InvalidFieldValue(text)
+        return GatewayError(Code.INVALID_FIELD_TYPE, text)
+    return GatewayError(Code.INVALID_FIELD_VALUE, text)
 
 
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -741,7 +601,7 @@ def _check_depth(data: bytes) -> None:
         if byte in b"{[":
             depth += 1
             if depth > MAX_JSON_DEPTH:
-                raise InvalidMessage(f"nested deeper than {MAX_JSON_DEPTH} levels")
+                raise GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
         elif byte in b"}]":
             depth -= 1
 
@@ -1804,22 +1664,22 @@ class Store:
     async def _read(self, statement: sa.Select[Any]) -> list[Row]:
         """Run a query in the reader thread, after all that was put so far is in the file.
 
-        Raises StoreUnavailable where that can't be done in time, ResourceExhausted where too many wait already.
+        Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already.
         """
         if self._reads_waiting >= self.READS_WAITING:
-            raise ResourceExhausted(f"{self.READS_WAITING} queries are waiting already")
+            raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.READS_WAITING} queries are waiting already")
         self._reads_waiting += 1
         try:
             async with asyncio.timeout(self.READ_TIMEOUT_S):
                 if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
-                    raise StoreUnavailable(self._failure or "the database is too slow at the moment")
+                    raise GatewayError(Code.STORE_UNAVAILABLE, self._failure or "the database is too slow at the moment")
                 answer: Future[list[Row]] = Future()
                 self._reads.put((statement, answer))
                 return await asyncio.wrap_future(answer)
         except TimeoutError:
-            raise StoreUnavailable("the database is too slow at the moment") from None
+            raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
         except _STORE_ERRORS as error:
-            raise StoreUnavailable(f"can't read the database: {_cause(error)}") from None
+            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {_cause(error)}") from None
         finally:
             self._reads_waiting -= 1
 
@@ -1956,9 +1816,11 @@ class Registry:
         return len(self._devices)
 
     def add(self, device: Device) -> None:
-        """Take a device in. Raises ResourceExhausted when there are too many."""
+        """Take a device in. Raises RESOURCE_EXHAUSTED when there are too many."""
         if len(self._devices) >= self.MAX_DEVICES:
-            raise ResourceExhausted(f"{self.MAX_DEVICES} devices are known already; no new device_id is taken")
+            raise GatewayError(
+                Code.RESOURCE_EXHAUSTED, f"{self.MAX_DEVICES} devices are known already; no new device_id is taken"
+            )
         self._keep(device)
 
     def restore(self, device: Device) -> None:
@@ -1970,18 +1832,20 @@ class Registry:
         self._content_bytes += memory_bytes(device.metadata) + memory_bytes(device.state)
 
     def describe(self, device: Device, metadata: JsonText) -> None:
-        """Keep a device's metadata. Raises ResourceExhausted."""
+        """Keep a device's metadata. Raises RESOURCE_EXHAUSTED."""
         self._grow(memory_bytes(metadata) - memory_bytes(device.metadata))
         device.metadata = metadata
 
     def update(self, device: Device, state: JsonText, moment: datetime) -> None:
-        """Keep a device's latest state. Raises ResourceExhausted."""
+        """Keep a device's latest state. Raises RESOURCE_EXHAUSTED."""
         self._grow(memory_bytes(state) - memory_bytes(device.state))
         device.state, device.state_timestamp = state, moment
 
     def _grow(self, growth_bytes: int) -> None:
         if growth_bytes > 0 and self._content_bytes + growth_bytes > self.MAX_CONTENT_BYTES:
-            raise ResourceExhausted(f"metadata and states of all devices take {self.MAX_CONTENT_BYTES} bytes already")
+            raise GatewayError(
+                Code.RESOURCE_EXHAUSTED, f"metadata and states of all devices take {self.MAX_CONTENT_BYTES} bytes already"
+            )
         self._content_bytes += growth_bytes
 
     def find(self, device_id: str) -> Device | None:
@@ -1989,10 +1853,10 @@ class Registry:
         return self._devices.get(device_id)
 
     def get(self, device_id: str) -> Device:
-        """The device. Raises DeviceNotFound."""
+        """The device. Raises DEVICE_NOT_FOUND."""
         device = self._devices.get(device_id)
         if device is None:
-            raise DeviceNotFound(f"device {device_id[:64]!r} was never seen")
+            raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
         return device
 
     def matching(self, device_type: str | None = None, *, is_online: bool | None = None) -> list[Device]:
@@ -2179,9 +2043,11 @@ class Commands:
         return len(self._open)
 
     def add(self, command: Command) -> None:
-        """Take an open command in. Raises ResourceExhausted when too many are open."""
+        """Take an open command in. Raises RESOURCE_EXHAUSTED when too many are open."""
         if len(self._open) >= self.MAX_OPEN or self._open_bytes + command.content_bytes > self.MAX_CONTENT_BYTES:
-            raise ResourceExhausted(f"{len(self._open)} commands are waiting for answers; try again when some are finished")
+            raise GatewayError(
+                Code.RESOURCE_EXHAUSTED, f"{len(self._open)} commands are waiting for answers; try again when some are finished"
+            )
         self._keep(command)
 
     def restore(self, command: Command) -> None:
@@ -2349,7 +2215,7 @@ class Gateway:
         reason = "replaced by a newer connection"
         if previous.serial > connection.serial:
             connection.hang_up(CLOSE_REPLACED, reason)
-            raise Unauthorized("a newer connection of this device is registered")
+            raise GatewayError(Code.UNAUTHORIZED, "a newer connection of this device is registered")
         self._log_event(device, DISCONNECTED, self._end_details(previous, CLOSE_REPLACED, "replaced"), now)
         previous.hang_up(CLOSE_REPLACED, reason)
 
@@ -2386,9 +2252,9 @@ class Gateway:
     # -- what boards say -----------------------------------------------------------------------------------------------
 
     def register(self, connection: Connection, message: Registration) -> None:
-        """A board says who it is. Raises MissingField, Unauthorized, ResourceExhausted."""
+        """A board says who it is. Raises MISSING_REQUIRED_FIELD, UNAUTHORIZED, RESOURCE_EXHAUSTED."""
         if message.device_type is None:
-            raise MissingField("missing required field `device_type` in a registration")
+            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
         device = self._admit(connection, message)
         device.device_type = message.device_type
         if message.metadata is not None:
@@ -2396,12 +2262,12 @@ class Gateway:
         self._save_device(device)
 
     def record_heartbeat(self, connection: Connection, message: Heartbeat) -> None:
-        """A board is still here, and promises to go on. Raises Unauthorized, ResourceExhausted."""
+        """A board is still here, and promises to go on. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
         self._admit(connection, message)
         connection.has_heartbeat = True
 
     def record_status(self, connection: Connection, message: Status) -> None:
-        """A board reports its state. Raises Unauthorized, ResourceExhausted."""
+        """A board reports its state. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
         device = self._admit(connection, message)
         state, now = to_json(message.payload), utc_now()
         self.registry.update(device, state, now)
@@ -2409,17 +2275,17 @@ class Gateway:
             self.repeats.warning("snapshots_dropped", "", device_id=device.device_id)
 
     def acknowledge(self, connection: Connection, message: CommandAck) -> None:
-        """A board answers a command. Raises Unauthorized, ResourceExhausted, CommandNotFound."""
+        """A board answers a command. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED, COMMAND_NOT_FOUND."""
         device = self._admit(connection, message)
         command = self.commands.find(message.command_id)
         if command is None or not command.may_be_answered_by(device):
-            raise CommandNotFound(f"command {message.command_id[:64]!r} was not sent to this device")
+            raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
         if self.commands.record_answer(command, device.device_id, message):
             self._save_command(command)
             log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
 
     def report_error(self, connection: Connection, message: ErrorReport) -> None:
-        """A board says that something went wrong. Raises Unauthorized, ResourceExhausted."""
+        """A board says that something went wrong. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
         device = self._admit(connection, message)
         self.repeats.warning(
             "device_error",
@@ -2432,7 +2298,7 @@ class Gateway:
         )
 
     def report_alert(self, connection: Connection, message: Alert) -> None:
-        """A board says what a person should know. Raises Unauthorized, ResourceExhausted."""
+        """A board says what a person should know. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
         device = self._admit(connection, message)
         self.repeats.warning(
             "device_alert",
@@ -2448,7 +2314,7 @@ class Gateway:
         device = connection.device
         if device is None:
             if message.device_type is None:
-                raise Unauthorized("device_type required: the first message must bear it")
+                raise GatewayError(Code.UNAUTHORIZED, "device_type required: the first message must bear it")
             device = self._come_online(connection, message.device_type)
         connection.last_message_s = time.monotonic()
         device.last_heartbeat = utc_now()
@@ -2466,11 +2332,11 @@ class Gateway:
     async def route_command(self, request: CommandRequest) -> Command:
         """Create a command, commit its row, send it to all targets at once, and return it as sent or without devices.
 
-        A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. Raises DeviceNotFound, InvalidFieldValue,
-        PayloadTooLarge, ResourceExhausted, Stopping.
+        A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. Raises DEVICE_NOT_FOUND, INVALID_FIELD_VALUE,
+        PAYLOAD_TOO_LARGE, RESOURCE_EXHAUSTED, STOPPING.
         """
         if self.is_stopping:
-            raise Stopping("the gateway is going down")
+            raise GatewayError(Code.STOPPING, "the gateway is going down")
         device_type, targets = self._targets(request)
         command = Command(
             device_type=device_type,
@@ -2482,8 +2348,9 @@ class Gateway:
         )
         frame = command.frame()
         if (size_bytes := len(frame.encode())) > MAX_COMMAND_FRAME_BYTES:
-            raise PayloadTooLarge(
-                f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most"
+            raise GatewayError(
+                Code.PAYLOAD_TOO_LARGE,
+                f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most",
             )
         if targets:
             self.commands.add(command)
@@ -2517,7 +2384,9 @@ class Gateway:
             return request.device_type, self.registry.matching(request.device_type, is_online=True)
         device = self.registry.get(request.device_id)
         if request.device_type not in (None, device.device_type):
-            raise InvalidFieldValue(f"device_type: device {device.device_id!r} is of type {device.device_type!r}")
+            raise GatewayError(
+                Code.INVALID_FIELD_VALUE, f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
+            )
         return device.device_type, [device] if device.is_online else []
 
     async def _send_command(self, command: Command, frame: str, targets: list[Device]) -> None:
@@ -2750,7 +2619,7 @@ class DeviceSocket(Connection):
 
     def _handle(self, frame: aiohttp.WSMessage) -> None:
         if frame.type is WSMsgType.BINARY:
-            raise InvalidMessage("binary frame: messages are JSON objects in text frames")
+            raise GatewayError(Code.INVALID_MESSAGE, "binary frame: messages are JSON objects in text frames")
         message = decode_board_message(frame.data)
         match message:
             case Status():
@@ -2769,9 +2638,9 @@ class DeviceSocket(Connection):
     async def _refuse(self, error: GatewayError) -> None:
         text = str(error)
         self._gateway.repeats.warning(
-            "message_refused", self.device_id, device_id=self.device_id, error_code=error.error_code, error=text
+            "message_refused", self.device_id, device_id=self.device_id, error_code=error.code.name, error=text
         )
-        reply = {"message_type": "error", "error_code": error.error_code, "error_message": text, "error": text}
+        reply = {"message_type": "error", "error_code": error.code.name, "error_message": text, "error": text}
         await self.send(to_json(reply))
 
 
@@ -2813,25 +2682,25 @@ def json_response(content: object, status: int = 200) -> web.Response:
 
 def error_response(error: GatewayError) -> web.Response:
     """The one shape that every error has (contract, section 6)."""
-    return json_response({"error": str(error), "error_code": error.error_code}, error.status)
+    return json_response({"error": str(error), "error_code": error.code.name}, error.status)
 
 
 def _query(request: web.Request, *known: str) -> dict[str, str]:
-    """The query's parameters. Raises InvalidFieldValue for one that the route doesn't have, or that is given twice."""
+    """The query's parameters. Raises INVALID_FIELD_VALUE for one that the route doesn't have, or that is given twice."""
     query = request.query
     for name in query:
         if name not in known:
             offer = f"known here: {', '.join(known)}" if known else "there are none here"
-            raise InvalidFieldValue(f"unknown query parameter {name[:64]!r}; {offer}")
+            raise GatewayError(Code.INVALID_FIELD_VALUE, f"unknown query parameter {name[:64]!r}; {offer}")
         if len(query.getall(name)) > 1:
-            raise InvalidFieldValue(f"query parameter {name!r} is given more than once")
+            raise GatewayError(Code.INVALID_FIELD_VALUE, f"query parameter {name!r} is given more than once")
     return dict(query)
 
 
 def _one_of(query: Mapping[str, str], name: str, values: Sequence[str]) -> str | None:
     value = query.get(name)
     if value is not None and value not in values:
-        raise InvalidFieldValue(f"{name} is {value[:64]!r}: it must be one of {', '.join(values)}")
+        raise GatewayError(Code.INVALID_FIELD_VALUE, f"{name} is {value[:64]!r}: it must be one of {', '.join(values)}")
     return value
 
 
@@ -2849,7 +2718,7 @@ def _whole_number(query: Mapping[str, str], name: str, low: int, high: int) -> i
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise InvalidFieldValue(f"{name} is {text[:64]!r}: it must be a whole number from {low} to {high}")
+        raise GatewayError(Code.INVALID_FIELD_VALUE, f"{name} is {text[:64]!r}: it must be a whole number from {low} to {high}")
     return int(text)
 
 
@@ -2861,41 +2730,43 @@ def _moment(query: Mapping[str, str], name: str) -> datetime | None:
     try:
         return naive_utc(datetime.fromisoformat(re.sub(r"(:.*) (\d\d:?\d\d)$", r"\1+\2", text.upper())))
     except (ValueError, OverflowError):
-        raise InvalidFieldValue(f"{name} is {text[:64]!r}: it must be an ISO 8601 time such as 2026-01-24T10:30:45Z") from None
+        raise GatewayError(
+            Code.INVALID_FIELD_VALUE, f"{name} is {text[:64]!r}: it must be an ISO 8601 time such as 2026-01-24T10:30:45Z"
+        ) from None
 
 
 async def _body(request: web.Request) -> bytes:
     """The body, whatever its content type says it is.
 
-    Raises UnsupportedMediaType, InvalidMessage, RequestTimeout, and HTTPRequestEntityTooLarge.
+    Raises UNSUPPORTED_MEDIA_TYPE, INVALID_MESSAGE, REQUEST_TIMEOUT, and HTTPRequestEntityTooLarge.
     """
     encoding = request.headers.get("Content-Encoding", "identity").lower()
     if encoding != "identity":
-        raise UnsupportedMediaType(f"Content-Encoding {encoding[:64]!r}: send the body uncompressed")
+        raise GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, f"Content-Encoding {encoding[:64]!r}: send the body uncompressed")
     if (request.charset or "utf-8").lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise UnsupportedMediaType("charset: JSON is UTF-8")
+        raise GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, "charset: JSON is UTF-8")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()
     except TimeoutError:
-        raise RequestTimeout(f"the body didn't arrive within {BODY_TIMEOUT_S:g} s") from None
+        raise GatewayError(Code.REQUEST_TIMEOUT, f"the body didn't arrive within {BODY_TIMEOUT_S:g} s") from None
     except (ConnectionError, aiohttp.ClientError, HttpProcessingError) as error:
-        raise InvalidMessage(f"the body ended early or is broken: {type(error).__name__}") from None
+        raise GatewayError(Code.INVALID_MESSAGE, f"the body ended early or is broken: {type(error).__name__}") from None
 
 
 def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
     """The gateway's own error for one that the router or the HTTP library raised."""
     match error.status:
         case 404:
-            return NotFound(f"no such route: {request.path[:100]}")
+            return GatewayError(Code.NOT_FOUND, f"no such route: {request.path[:100]}")
         case 405:
-            return MethodNotAllowed(f"{request.method} is not possible on {request.path[:100]}")
+            return GatewayError(Code.METHOD_NOT_ALLOWED, f"{request.method} is not possible on {request.path[:100]}")
         case 413:
-            return PayloadTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+            return GatewayError(Code.PAYLOAD_TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes")
         case 415:
-            return UnsupportedMediaType(error.reason)
+            return GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, error.reason)
         case _:
-            return InvalidFieldValue(error.text or error.reason)
+            return GatewayError(Code.INVALID_FIELD_VALUE, error.text or error.reason)
 
 
 def _is_own_origin(origin: str, host: str) -> bool:
@@ -2942,12 +2813,16 @@ class HttpConnection(web.RequestHandler):
             raise ConnectionError("the answer was under way")
         error: GatewayError
         if isinstance(exc, LineTooLong):
-            error = PayloadTooLarge(f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}")
+            error = GatewayError(
+                Code.PAYLOAD_TOO_LARGE, f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}"
+            )
         elif status < 500:
-            error = InvalidMessage(f"not valid HTTP: {str(message or exc).strip().partition(chr(10))[0][:100]}")
+            error = GatewayError(
+                Code.INVALID_MESSAGE, f"not valid HTTP: {str(message or exc).strip().partition(chr(10))[0][:100]}"
+            )
         else:
             log.error("request_failed", method=request.method, path=request.path, exc_info=exc)
-            error = InternalError("internal error; the gateway's log says more")
+            error = GatewayError(Code.INTERNAL_ERROR, "internal error; the gateway's log says more")
         response = error_response(error)
         response.force_close()
         return response
@@ -2965,6 +2840,7 @@ class RestApi:
 
     def __init__(self, settings: Settings, gateway: Gateway, store: Store) -> None:
         self._settings = settings
+        self._origins = settings.origins
         self._gateway = gateway
         self._store = store
         self._table: tuple[tuple[str, str, Handler, Access], ...] = (
@@ -3004,7 +2880,9 @@ class RestApi:
                 response.headers["Allow"] = error.headers["Allow"]
         except Exception:
             log.exception("request_failed", method=request.method, path=request.path)
-            response = self._error_response(request, InternalError("internal error; the gateway's log says more"))
+            response = self._error_response(
+                request, GatewayError(Code.INTERNAL_ERROR, "internal error; the gateway's log says more")
+            )
         if response.prepared:
             return response
         if access is Access.BOARDS:
@@ -3023,50 +2901,52 @@ class RestApi:
         return await handler(request)
 
     def _error_response(self, request: web.Request, error: GatewayError) -> web.StreamResponse:
-        if isinstance(error, Unauthorized | Forbidden):
+        if error.status in (401, 403):
             self._gateway.repeats.warning(
                 "request_refused", peer_of(request), peer=peer_of(request), path=request.path, error=str(error)
             )
         else:
-            log.debug(
-                "request_refused", method=request.method, path=request.path, error_code=error.error_code, error=str(error)
-            )
+            log.debug("request_refused", method=request.method, path=request.path, error_code=error.code.name, error=str(error))
         response = error_response(error)
-        if isinstance(error, Unauthorized):
+        if error.status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="AMHR-PD", Basic realm="AMHR-PD"'
         return response
 
     def _check_origin(self, request: web.Request, access: Access) -> None:
-        """Raise Forbidden for what a browser sends on behalf of a web page that isn't ours."""
+        """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
         origin = request.headers.get("Origin")
         if origin is None or self._is_from_allowed_page(request) or _is_own_origin(origin, request.host):
             return
         if origin == "file://" and access is Access.BOARDS:
             return  # every board in the field says so (contract, section 1)
-        raise Forbidden(f"the origin {origin[:100]!r} is not allowed here; AMHRPD_ALLOWED_ORIGINS can allow it")
+        raise GatewayError(
+            Code.FORBIDDEN, f"the origin {origin[:100]!r} is not allowed here; AMHRPD_ALLOWED_ORIGINS can allow it"
+        )
 
     def _is_from_allowed_page(self, request: web.Request) -> bool:
-        return normal_origin(request.headers.get("Origin", "")) in self._settings.allowed_origins
+        return normal_origin(request.headers.get("Origin", "")) in self._origins
 
     def _check_token(self, request: web.Request, access: Access) -> None:
-        """Raise Unauthorized where a token is set and the request doesn't show it."""
+        """Raise UNAUTHORIZED where a token is set and the request doesn't show it."""
         if access is Access.BOARDS and not _shows_token(request, self._settings.device_token, in_query=True):
-            raise Unauthorized("a valid device token is required")
+            raise GatewayError(Code.UNAUTHORIZED, "a valid device token is required")
         if access is Access.CALLERS and not _shows_token(request, self._settings.api_token):
-            raise Unauthorized("a valid API token is required")
+            raise GatewayError(Code.UNAUTHORIZED, "a valid API token is required")
 
     # -- handlers ------------------------------------------------------------------------------------------------------
 
     async def serve_device(self, request: web.Request) -> web.StreamResponse:
         """`GET /ws/{device_id}`: a board connects."""
         if not re.fullmatch(DEVICE_ID_PATTERN, request.match_info["device_id"]):
-            raise InvalidFieldValue("device_id in the path must be 1 to 64 of A-Z a-z 0-9 . _ -")
+            raise GatewayError(Code.INVALID_FIELD_VALUE, "device_id in the path must be 1 to 64 of A-Z a-z 0-9 . _ -")
         if self._gateway.is_stopping:
-            raise Stopping("the gateway is going down")
+            raise GatewayError(Code.STOPPING, "the gateway is going down")
         try:
             return await DeviceSocket(self._gateway, self._settings, request).serve()
         except web.HTTPBadRequest:
-            raise InvalidFieldValue("boards connect here: a WebSocket handshake is expected, of version 13") from None
+            raise GatewayError(
+                Code.INVALID_FIELD_VALUE, "boards connect here: a WebSocket handshake is expected, of version 13"
+            ) from None
 
     async def health(self, request: web.Request) -> web.Response:
         """`GET /health`: open to all; without the token, where one is set, it says no more than the status."""
@@ -3128,7 +3008,7 @@ class RestApi:
         command_id = request.match_info["command_id"]
         row = await self._store.command(command_id)
         if row is None:
-            raise CommandNotFound(f"command {command_id[:64]!r} was never given")
+            raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {command_id[:64]!r} was never given")
         return json_response(row)
 
 
@@ -3524,7 +3404,7 @@ def build_app(settings: Settings) -> web.Application:
         finally:
             is_clean = await store.close(STORE_CLOSE_TIMEOUT_S)
         if not is_clean:
-            raise StoreUnavailable("not all that was queued could be written")
+            raise GatewayError(Code.STORE_UNAVAILABLE, "not all that was queued could be written")
 
     app.cleanup_ctx.append(run_store)
     return app
@@ -3958,20 +3838,21 @@ def _percentiles(times_s: list[float]) -> str:
 
 
 def _serve_parser() -> argparse.ArgumentParser:
-    settings = "; ".join(f"{option.variable} ({option.help})" for option in OPTIONS.values() if option.flag is None)
+    fields = msgspec.structs.fields(Settings)
+    secrets = [f"{variable_of(field.name)} ({help_of(field.type)})" for field in fields if flag_of(field.name) is None]
     parser = argparse.ArgumentParser(
         prog="amhrpd.py",
         description="Gateway for ESP32 boards: WebSocket for the boards, REST for callers, history in SQLite. "
         "'amhrpd.py simulate --help' tells of the fleet of boards to try it with.",
-        epilog=f"Every flag has an environment variable, which the flag overrides. Only as variables: {settings}.",
+        epilog=f"Every flag has an environment variable, which the flag overrides. Only as variables: {'; '.join(secrets)}.",
     )
     parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
-    defaults = Settings()
-    for name, option in OPTIONS.items():
-        if option.flag is not None:
-            default = getattr(defaults, name)
-            text = f"{option.help} [{option.variable}" + (f", {default}]" if default else "]")
-            parser.add_argument(option.flag, dest=name, metavar=option.metavar, help=text.replace("%", "%%"))
+    for field in fields:
+        if (flag := flag_of(field.name)) is not None:
+            metavar = "S" if field.name.endswith("_s") else field.name.rpartition("_")[2].upper()
+            default = f", {field.default}" if field.default not in (None, "") else ""
+            text = f"{help_of(field.type)} [{variable_of(field.name)}{default}]"
+            parser.add_argument(flag, dest=field.name, metavar=metavar, help=text.replace("%", "%%"))
     return parser
 
 
@@ -3989,8 +3870,8 @@ def _http_url(text: str) -> str:
 
 def _secret_argument(text: str) -> str:
     try:
-        return parse_token(text)
-    except ValueError as error:
+        return str(convert_setting("TOKEN", text, Token))
+    except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -4056,7 +3937,7 @@ def _complain(error: Exception) -> None:
 def _serve(words: Sequence[str]) -> int:
     settings = Settings.load(vars(_serve_parser().parse_args(words)), os.environ)
     configure_logging(settings.log_level, settings.log_format)
-    known = {option.variable for option in OPTIONS.values()}
+    known = {variable_of(field.name) for field in msgspec.structs.fields(Settings)}
     for name in sorted(os.environ):
         if name.startswith("AMHRPD_") and name not in known:
             log.warning("unknown_setting", variable=name)
@@ -4066,11 +3947,8 @@ def _serve(words: Sequence[str]) -> int:
 def _simulate(words: Sequence[str]) -> int:
     values = vars(_simulate_parser().parse_args(words))
     for name in ("api_token", "device_token"):
-        if name not in values and (text := os.environ.get(OPTIONS[name].variable)):
-            try:
-                values[name] = parse_token(text)
-            except ValueError as error:
-                raise ConfigError(f"{OPTIONS[name].variable} is (hidden): {error}") from None
+        if name not in values and (text := os.environ.get(variable_of(name))):
+            values[name] = convert_setting(variable_of(name), text, Token)
     plan = FleetPlan(**values)
     return asyncio.run(_until_signal(lambda stop: Fleet(plan).play(stop)))
 
