@@ -1089,9 +1089,28 @@ def _cause(error: BaseException) -> str:
 
 
 def _quick_check(connection: sqlite3.Connection) -> str | None:
-    """What SQLite finds broken in a file, or None."""
+    """What SQLite finds broken in a file, or None. Raises OSError where it couldn't be read, which says nothing of it."""
     result = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    code = re.search(r"error code=(\d+)", result)
+    if code is not None and int(code[1]) & 0xFF == sqlite3.SQLITE_IOERR:
+        raise OSError(errno.EIO, f"{os.strerror(errno.EIO)} ({result})")
     return None if result == "ok" else result
+
+
+def _read_through(path: Path) -> None:
+    """Read a file page by page, as SQLite does. Raises OSError where one can't be read."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(4096):
+            pass
+
+
+def _is_open_here(path: Path) -> bool:
+    """Whether this process has the file open that lies at `path` now."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.path.samestat(path.stat(), descriptor.stat()):
+                return True
+    return False
 
 
 class _SqliteConnection(sqlite3.Connection):
@@ -1214,24 +1233,44 @@ class DatabaseFile:
             return False  # without `_swap`, which a query holds as long as it runs
         with self._swap:
             if not is_in_place:
-                self._disconnect()
-                self._release_lock()
-                self._is_inspected = False
-                self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
-                log.error("database_replaced", path=str(self.path))
+                self._leave_file()
+            self._disconnect()
             if self._lock_fd is None:
                 self._acquire_lock()
-            if not self._is_inspected:
+            if not self._is_inspected or self.damage is not None:
                 self.damage = self._inspect()
                 self._is_inspected = True
             if self.damage is not None:
-                self._disconnect()
                 self._move_aside()
                 self.damage = None
                 self._acquire_lock()
             with self._noting_damage():
                 self._connect()
             return True
+
+    def _leave_file(self) -> None:
+        """Let go of a file that somebody moved or removed. What its write-ahead log holds goes with it, and only with it:
+        the log has no name of its file in it, and SQLite would replay it over whatever lies at the path.
+        """
+        assert self._lock_fd is not None
+        log_path = self.path.with_name(self.path.name + "-wal")
+        moved_to = Path(f"/proc/self/fd/{self._lock_fd}").readlink()
+        is_there = moved_to.exists() and os.path.samestat(moved_to.stat(), os.fstat(self._lock_fd))
+        if log_path.exists() and _is_open_here(log_path):
+            if is_there:
+                log_path.rename(moved_to.with_name(moved_to.name + "-wal"))
+            else:
+                log_path.unlink()
+            self.path.with_name(self.path.name + "-shm").unlink(missing_ok=True)
+        self._disconnect()
+        self._release_lock()
+        self._is_inspected = False
+        self.damage = None
+        self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
+        log.error("database_replaced", path=str(self.path), moved_to=str(moved_to) if is_there else None)
+        if is_there:
+            with contextlib.closing(sqlite3.connect(moved_to, timeout=5)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _is_in_place(self) -> bool:
         """Whether the file that is locked, if any, is the one that its path names."""
@@ -1277,14 +1316,24 @@ class DatabaseFile:
         if not start:
             return None
         if not start.startswith(self.MAGIC):
-            looks_ours = SNAPSHOTS.name.encode() in start
-            if looks_ours or len(set(start[:512])) == 1:  # a header page that was lost: zeros, or an erased flash block
-                return "the file header is damaged"
             raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
+        is_doubted = self.damage is not None
+        damage = self._look(is_whole=is_doubted or not self.is_large)
+        if damage is None:
+            return None
+        # One read error is reported as damage, too, and the file is whole: only what a second look finds as well, in a file
+        # that can be read from end to end, is believed.
+        for suffix in ("", "-wal"):
+            if (path := self.path.with_name(self.path.name + suffix)).exists():
+                _read_through(path)
+        return self._look(is_whole=True)
+
+    def _look(self, *, is_whole: bool) -> str | None:
+        """What a connection of its own finds broken, or None. Raises StartError for a file of others."""
         with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as connection:
             try:
                 self._check_ours(connection)
-                return None if self.is_large else _quick_check(connection)
+                return _quick_check(connection) if is_whole else None
             except sqlite3.DatabaseError as error:
                 if _is_corruption(error):
                     return str(error)
@@ -1428,6 +1477,8 @@ class DatabaseFile:
             if not _is_corruption(error):
                 return  # a stop, or a disk in trouble: what reads and writes the file will say so
             damage = str(error)
+        except OSError:
+            return
         with self._swap:
             if damage is not None and generation == self._generation:
                 self.damage = damage
@@ -1603,7 +1654,7 @@ class Store:
                 self._failure = None
                 self._backlog.mark_written()
                 return True
-            except _STORE_ERRORS as error:
+            except (*_STORE_ERRORS, StartError) as error:
                 self._failure = f"can't write the database: {_cause(error)}"
                 if time.monotonic() - logged_s >= self.RELOG_S:
                     logged_s = time.monotonic()

@@ -2278,23 +2278,18 @@ async def fill(database: Path, snapshots: int) -> None:
 
 @in_a_loop
 async def test_corrupt_file_is_moved_aside_and_said_loudly(database: Path) -> None:
-    for number, page in enumerate((0, 3, -1), start=1):
-        await fill(database, 300)
-        if page >= 0:
-            spoil(database, page)
-        if page == 0:  # only the header's beginning, as the table names on the page tell whose it was
-            pass
-        if page < 0:
-            with database.open("r+b") as file:
-                file.write(b"\0" * 4096)
+    await fill(database, 300)
+    for spoilt in (random.Random(1).randbytes(4096), b"\0" * 4096):  # nothing tells any more that it was SQLite: left alone
+        whole = database.read_bytes()
+        database.write_bytes(spoilt + whole[4096:])
+        result = run("--database-url", f"sqlite:///{database}", "--port", "0", "--host", "127.0.0.1")
+        assert result.returncode == 1
+        assert "no SQLite database" in result.stderr
+        assert database.read_bytes() == spoilt + whole[4096:]
+        database.write_bytes(whole)
+    for number, page in enumerate((3, 20), start=1):
+        spoil(database, page)
         before = database.read_bytes()
-        if page == 0:
-            (aside_or_error,) = [run("--database-url", f"sqlite:///{database}", "--port", "0", "--host", "127.0.0.1")]
-            assert aside_or_error.returncode == 1  # nothing tells any more that it was ours: left alone
-            assert "no SQLite database" in aside_or_error.stderr
-            assert database.read_bytes() == before
-            database.unlink()
-            continue
         with logged() as events:
             async with gateway_on(database) as client:
                 health = await client.get("/health")
@@ -2309,6 +2304,8 @@ async def test_corrupt_file_is_moved_aside_and_said_loudly(database: Path) -> No
                     await say(board, "status", payload={"n": number})
                     await eventually(lambda number=number: state_is(client, "b", {"n": number}))  # type: ignore[misc]
                     assert (await client.get("/state-history/b"))["total"] == 1
+        database.unlink()
+        await fill(database, 300)
 
 
 @in_a_loop
@@ -2408,6 +2405,116 @@ async def test_file_that_is_deleted_or_replaced_while_in_use_goes_on(database: P
             async with gateway_on(database):
                 pass
     assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
+
+
+@in_a_loop
+async def test_running_file_that_is_moved_away_keeps_what_was_written_to_it(database: Path) -> None:
+    archive = database.with_name("archive.db")
+    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+        for n in range(500):
+            await say(board, "status", payload={"n": n})
+        await eventually(lambda: state_is(client, "a", {"n": 499}))
+        await client.post("/command?device_id=a&command_name=first&wait=5")
+        assert (await client.get("/state-history/a?limit=1000"))["total"] == 500
+        database.rename(archive)
+        await client.post("/command?device_id=a&command_name=second&wait=5")
+        assert client.rows("SELECT command_name FROM command_logs") == [("second",)]
+    assert rows_of(archive, "SELECT count(*) FROM device_state_snapshots") == [(500,)]
+    assert rows_of(archive, "SELECT command_name, status FROM command_logs") == [("first", "ack_success")]
+    assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(0,)]
+
+
+@in_a_loop
+async def test_backup_that_is_moved_over_the_running_file_is_restored(database: Path) -> None:
+    for rows in (8, 3000):
+        async with gateway_on(database) as client, client.board("a") as board:
+            await client.post("/command?device_id=a&command_name=kept")
+            backup = database.with_name("backup.db")
+            with contextlib.closing(sqlite3.connect(database)) as db, contextlib.closing(sqlite3.connect(backup)) as other:
+                db.backup(other)
+            for n in range(rows):
+                await say(board, "status", payload={"n": n})
+            await eventually(lambda rows=rows: state_is(client, "a", {"n": rows - 1}))  # type: ignore[misc]
+            await client.get("/state-history/a?limit=1")
+            backup.rename(database)
+            await client.post("/command?device_id=a&command_name=after")
+            assert client.rows("SELECT command_name FROM command_logs ORDER BY rowid") == [("kept",), ("after",)]
+            assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(0,)]
+        assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
+        assert not list(database.parent.glob("*.corrupt-*"))
+        database.unlink()
+
+
+@in_a_loop
+async def test_what_is_no_database_in_its_place_is_left_alone_until_it_is_gone(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        text = database.with_name("README.md")
+        text.write_text("about devices, device_state_snapshots and command_logs\n")
+        text.rename(database)
+        assert (await client.post("/command?device_id=a&command_name=x"))["persisted"] is False
+        assert "no SQLite database" in (await client.get("/health", 503))["database"]
+        assert database.read_text() == "about devices, device_state_snapshots and command_logs\n"
+        database.unlink()
+        await eventually(lambda: health_is(client, 200))
+        await eventually(lambda: client.rows("SELECT command_name FROM command_logs") == [("x",)])
+
+
+@in_a_loop
+async def test_what_never_was_sqlite_is_never_moved(database: Path) -> None:
+    for content in (b"\n", b"CREATE TABLE device_state_snapshots (id INTEGER);\n", b"device_state_snapshots " * 1000):
+        database.write_bytes(content)
+        result = run("--database-url", f"sqlite:///{database}", "--port", "0", "--host", "127.0.0.1")
+        assert (result.returncode, "no SQLite database" in result.stderr) == (1, True)
+        assert database.read_bytes() == content
+        assert list(database.parent.iterdir()) == [database]
+
+
+READ_ERRORS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+/* While the file named by FAULTS is there, one read of a database in twenty fails as a bad cable's does. */
+ssize_t pread64(int fd, void *buffer, size_t count, off64_t offset) {
+    static ssize_t (*real)(int, void *, size_t, off64_t);
+    char link[64], path[4096];
+    if (!real) real = dlsym(RTLD_NEXT, "pread64");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length > 3 && !memcmp(path + length - 3, ".db", 3) && !access(getenv("FAULTS"), F_OK) && rand() % 20 == 0) {
+        errno = EIO;
+        return -1;
+    }
+    return real(fd, buffer, count, offset);
+}
+"""
+
+
+@in_a_loop
+async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to make a disk that fails with")
+    source, library, faults = tmp_path / "faults.c", tmp_path / "faults.so", tmp_path / "faults.on"
+    source.write_text(READ_ERRORS)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True, capture_output=True)
+    await fill(database, 3000)
+    async with process_on(database, LD_PRELOAD=str(library), FAULTS=str(faults)) as (process, client):
+        faults.touch()
+        failed = 0
+        for before_id in range(3000, 0, -30):
+            status, _ = await client.ask("GET", f"/state-history/a?limit=30&before_id={before_id}")
+            failed += status == 503
+        faults.unlink()
+        await eventually(lambda: health_is(client, 200))
+        assert (await client.get("/state-history/a?limit=1000"))["total"] == 1000
+        process.popen.terminate()
+        assert await process.exit_code() == 0
+        assert failed > 0, "no read failed"
+    assert not list(tmp_path.glob("*.corrupt-*"))
+    assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(3000,)]
 
 
 @in_a_loop
