@@ -61,7 +61,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args
 
@@ -1191,7 +1191,6 @@ class DatabaseFile:
 
     def _open_and_load(self) -> Restored:
         self.make_usable()
-        self._close_stale_commands()
         return self._load()
 
     def _load_unopened(self) -> Restored:
@@ -1420,13 +1419,6 @@ class DatabaseFile:
             devices[event["device_id"]]["last_event"] = event["event"]
         closed = self._load_commands((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)
         return Restored(list(devices.values()), closed + self._load_commands(OPEN_STATUSES))
-
-    def _close_stale_commands(self) -> None:
-        """Time out what no timeout can have kept open until now: the earlier backend left commands `created` for ever."""
-        before = utc_now() - timedelta(seconds=MAX_COMMAND_TIMEOUT_S)
-        is_stale = COMMAND_LOGS.c.status.in_(OPEN_STATUSES) & (COMMAND_LOGS.c.created_at < before)
-        with self._noting_damage(), self._database.engine.begin() as connection:
-            connection.execute(sa.update(COMMAND_LOGS).where(is_stale).values(status=ACK_TIMEOUT))
 
     def _load_commands(self, statuses: Sequence[str], limit: int | None = None) -> list[Row]:
         is_meant = COMMAND_LOGS.c.status.in_(statuses)
@@ -3138,10 +3130,19 @@ _JOURNAL_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critica
 _MAX_LOGGED_TEXT = 300  # of a value; boards and callers write most of them
 
 
+def is_stderr_the_journal() -> bool:
+    """Whether stderr is the stream that JOURNAL_STREAM names by device and inode: children inherit the variable alone."""
+    try:
+        stream = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+
+
 def configure_logging(level: str, log_format: str) -> None:
     """One line an event, on stderr, in `log_format`; the libraries' records go the same way."""
     if log_format == "auto":
-        log_format = "journal" if os.environ.get("JOURNAL_STREAM") else "console" if sys.stderr.isatty() else "json"
+        log_format = "journal" if is_stderr_the_journal() else "console" if sys.stderr.isatty() else "json"
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     shared: list[structlog.typing.Processor] = [structlog.stdlib.add_log_level, structlog.processors.format_exc_info]
     if log_format != "journal":  # the journal stamps its lines itself
@@ -3981,7 +3982,7 @@ def _simulate_parser() -> argparse.ArgumentParser:
 
 def _complain(error: Exception) -> None:
     """One line on stderr; under the journal with the priority that shows it as an error."""
-    priority = "<3>" if os.environ.get("JOURNAL_STREAM") else ""
+    priority = "<3>" if is_stderr_the_journal() else ""
     print(f"{priority}amhrpd: {error}", file=sys.stderr)
 
 

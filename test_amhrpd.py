@@ -1458,7 +1458,7 @@ def make_legacy_database(path: Path) -> None:
 @in_a_loop
 async def test_database_of_the_earlier_backend_opens_goes_on_and_loses_nothing(database: Path) -> None:
     make_legacy_database(database)
-    async with gateway_on(database) as client:
+    async with gateway_on(database, command_timeout_s=1) as client:
         devices = {device["device_id"]: device for device in (await client.get("/devices"))["devices"]}
         assert [device["is_online"] for device in devices.values()] == [False] * 4
         assert devices["strange"]["device_type"] == "ESP\ufffd"
@@ -1482,7 +1482,7 @@ async def test_database_of_the_earlier_backend_opens_goes_on_and_loses_nothing(d
         assert "reason" in events[0]["details"]
         assert events[2]["details"] is None
         assert await client.events("offline") == ["connected", "disconnected"]
-        assert (await client.get("/command-logs/old-created"))["status"] == "ack_timeout"
+        await eventually(lambda: row_has(client, "/command-logs/old-created", status="ack_timeout"))
         assert (await client.get("/command-logs/old-success"))["response_data"] == {"status": "success"}
         async with client.board("left_online", "ESP32-CAM") as board:
             await say(board, "command_ack", command_id="young-sent")
@@ -1933,6 +1933,29 @@ async def test_journal_lines_bear_their_priority_and_are_one_each(database: Path
     assert alert.startswith("<4>device_alert device_id=a alert_type=collision ")
     assert "\x1b" not in alert
     assert any(line.startswith("<6>listening ") for line in lines)
+
+
+@in_a_loop
+async def test_inherited_journal_stream_makes_no_journal_of_a_file(database: Path) -> None:
+    async with process_on(database, JOURNAL_STREAM="8:12345") as (process, _):
+        assert json.loads(process.log.splitlines()[0])["event"] == "listening"
+    code = f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; "
+    code += "s = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{s.st_dev}:{s.st_ino}'; sys.exit(amhrpd.main([]))"
+    async with process_on(database, code=code) as (process, _):
+        assert process.log.startswith("<6>listening "), process.log
+
+
+@in_a_loop
+async def test_clock_that_jumped_between_two_runs_ends_no_command(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        answer = await client.post("/command?device_id=a&command_name=x")
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE command_logs SET created_at = '2020-01-01 00:00:00.000000'")
+    async with gateway_on(database, command_timeout_s=300) as client, client.board("a") as board:
+        path = f"/command-logs/{answer['command_id']}"
+        assert (await client.get(path))["status"] == "sent"
+        await say(board, "command_ack", command_id=answer["command_id"])
+        await eventually(lambda: row_has(client, path, status="ack_success"))
 
 
 @in_a_loop
