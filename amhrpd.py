@@ -2695,6 +2695,7 @@ MAX_BODY_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 10  # a payload as long as a board takes, every byte of it escaped in the query
 MAX_HEADER_BYTES = 8190
 BODY_TIMEOUT_S = 10.0
+UNREAD_TIMEOUT_S = 30.0  # for a peer that takes nothing of what waits for it, which would stay in memory for ever
 
 # Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
 # that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
@@ -2847,6 +2848,11 @@ class HttpConnection(web.RequestHandler):
     """A caller's connection. What is no HTTP gets an error of the same shape as all others, and no traceback in the log."""
 
     __slots__ = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """What asyncio calls first. The kernel drops the connection when its peer takes nothing for UNREAD_TIMEOUT_S."""
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -3069,6 +3075,8 @@ LINGERING_TIME_S = 2.0  # for the rest of a body that was refused, so that the c
 HANDLERS_TIMEOUT_S = 3.0  # at a stop, for answers that are under way
 STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's TimeoutStopSec is above the sum of all
 UPKEEP_INTERVAL_S = 1.0
+# Collections of the middle generation before a full one, five times as many as Python would wait for.
+FULL_COLLECTION_THRESHOLD = 50
 LISTEN_BACKLOG = 1024  # a whole fleet after a power cut; the kernel caps it at net.core.somaxconn
 
 # -- logging -----------------------------------------------------------------------------------------------------------
@@ -3224,9 +3232,18 @@ def _bind(host: str, port: int) -> list[socket.socket]:
     try:
         if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
             return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=LISTEN_BACKLOG)]
+        missing: OSError | None = None
         for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=LISTEN_BACKLOG))
-            port = port or sockets[0].getsockname()[1]
+            try:
+                sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=LISTEN_BACKLOG))
+            except OSError as error:  # `localhost` names ::1 also where IPv6 is off
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+            else:
+                port = port or sockets[0].getsockname()[1]
+        if missing is not None and not sockets:
+            raise missing
     except (OSError, UnicodeError) as error:
         for bound in sockets:
             bound.close()
@@ -3284,14 +3301,12 @@ class Door:
         if self._limit <= 0:
             raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
         self._repeats = repeats
-        self._let_in = 0
 
     def let_in(self) -> asyncio.Protocol:
         """What a connection that arrives is served by."""
         if len(self._server.connections) >= self._limit:
             self._repeats.warning("connections_refused", "", limit=self._limit)
             return _Refusal()
-        self._let_in += 1
         return HttpConnection(
             self._server,
             loop=self._loop,
@@ -3302,16 +3317,6 @@ class Door:
             max_field_size=MAX_HEADER_BYTES,
             auto_decompress=False,
         )
-
-    @property
-    def inside(self) -> Sequence[web.RequestHandler]:
-        """The connections that are in."""
-        return self._server.connections
-
-    @property
-    def ended(self) -> int:
-        """How many connections have come and gone."""
-        return self._let_in - len(self.inside)
 
 
 # -- regular upkeep ----------------------------------------------------------------------------------------------------
@@ -3353,74 +3358,19 @@ class Notifier:
         return True
 
 
-class UnreadAnswers:
-    """Finds connections whose peer doesn't take what waits for it, and drops them: they would keep it in memory for ever."""
-
-    TIMEOUT_S = 30.0
-
-    def __init__(self) -> None:
-        self._waiting: dict[web.RequestHandler, tuple[int, float]] = {}  # bytes, and since when they have not become fewer
-
-    def drop_stuck(self, connections: Iterable[web.RequestHandler]) -> None:
-        """Look at all connections; to be called about once a second."""
-        now_s = time.monotonic()
-        before, self._waiting = self._waiting, {}
-        for connection in connections:
-            transport = connection.transport
-            if transport is None or not (size_bytes := transport.get_write_buffer_size()):
-                continue
-            before_bytes, since_s = before.get(connection, (0, now_s))
-            self._waiting[connection] = size_bytes, since_s if size_bytes >= before_bytes > 0 else now_s
-            if now_s - self._waiting[connection][1] > self.TIMEOUT_S:
-                transport.abort()
-
-
-class FullCollections:
-    """Python's full garbage collections, held off until so much has ended that one is worth it.
-
-    One stops the loop for about half a microsecond an object: 80 ms with 1,000 boards connected, measured on a server,
-    and Python would start one whenever there is a quarter more to look through. What needs them here are connections that
-    have ended: their parts refer to each other. The younger generations are collected as ever.
-    """
-
-    MIN_ENDED = 1000  # connections, about 10 KB each
-
-    def __enter__(self) -> FullCollections:
-        self._ended_before = 0
-        self._threshold = gc.get_threshold()
-        gc.freeze()  # what was imported lives for ever: nothing to look through
-        gc.set_threshold(*self._threshold[:2], 1_000_000)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        gc.set_threshold(*self._threshold)
-        gc.unfreeze()
-
-    def collect_when_due(self, ended: int, alive: int) -> None:
-        """Collect when enough of the connections of all time have ended since the last one, compared with those alive."""
-        if ended - self._ended_before >= max(self.MIN_ENDED, alive):
-            self._ended_before = ended
-            gc.collect()
-
-
 class Upkeep:
     """Everything that is due regularly. The watchdog's ping comes from here, so it shows that the loop turns."""
 
-    def __init__(self, gateway: Gateway, store: Store, door: Door, notifier: Notifier, collections: FullCollections) -> None:
+    def __init__(self, gateway: Gateway, store: Store, notifier: Notifier) -> None:
         self._gateway = gateway
         self._store = store
-        self._door = door
         self._notifier = notifier
-        self._collections = collections
-        self._unread = UnreadAnswers()
 
     async def run(self) -> NoReturn:
         """Do it again and again."""
         interval_s = min(UPKEEP_INTERVAL_S, self._notifier.watchdog_s / 3)
         while True:
             self._gateway.sweep()
-            self._unread.drop_stuck(self._door.inside)
-            self._collections.collect_when_due(self._door.ended, len(self._door.inside))
             online, open_commands = len(self._gateway.registry.matching(is_online=True)), len(self._gateway.commands)
             self._notifier.send_status(f"{online} devices online, {open_commands} open commands")
             if self._store.is_writer_alive:
@@ -3480,6 +3430,21 @@ async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
             raise result
 
 
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Python's full garbage collections, made rare: one stops the loop for about half a microsecond an object, which is
+    80 ms with 1,000 boards connected, measured on a server.
+    """
+    threshold = gc.get_threshold()
+    gc.freeze()  # what was imported lives for ever: nothing to look through
+    gc.set_threshold(threshold[0], threshold[1], FULL_COLLECTION_THRESHOLD)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+
+
 class Ending:
     """The steps of a stop. One that fails is logged and shows in the exit code, and those after it follow all the same."""
 
@@ -3521,7 +3486,8 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
                 backlog=LISTEN_BACKLOG,
             )
             stack.callback(server.close)
-        upkeep = Upkeep(app[GATEWAY], app[STORE], door, notifier, stack.enter_context(FullCollections()))
+        upkeep = Upkeep(app[GATEWAY], app[STORE], notifier)
+        stack.enter_context(rare_collections())
         tasks = [asyncio.create_task(upkeep.run()), asyncio.create_task(stop.wait())]
         stack.push_async_callback(ending.step, "upkeep", functools.partial(end_tasks, tasks))
         port = sockets[0].getsockname()[1]
