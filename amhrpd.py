@@ -59,11 +59,11 @@ import urllib.parse
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, get_args
 
 import aiohttp
 import dataset
@@ -628,10 +628,17 @@ class _SqliteMoment(sqlite.DATETIME):
         return _read_moment
 
 
+class _Json(sa.types.UserDefinedType[str]):
+    """JSON comes as text, encoded where it came in, and goes as text. None is NULL."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """The column's type in SQL."""
+        return "JSON"
+
+
 _SCHEMA = sa.MetaData()
-_MOMENT = sa.DateTime().with_variant(_SqliteMoment, "sqlite")
-# JSON comes as text, encoded where it came in, and goes as text: the engine's serializers pass it through. None is NULL.
-_JSON = sa.JSON(none_as_null=True)
 
 DEVICES = sa.Table(
     "devices",
@@ -639,10 +646,10 @@ DEVICES = sa.Table(
     sa.Column("device_id", sa.String(255), primary_key=True),
     sa.Column("device_type", sa.String(50), nullable=False),
     sa.Column("is_online", sa.Boolean, nullable=False),
-    sa.Column("last_heartbeat", _MOMENT),
-    sa.Column("connected_at", _MOMENT, nullable=False),
-    sa.Column("disconnected_at", _MOMENT),
-    sa.Column("metadata_json", _JSON, nullable=False),
+    sa.Column("last_heartbeat", _SqliteMoment),
+    sa.Column("connected_at", _SqliteMoment, nullable=False),
+    sa.Column("disconnected_at", _SqliteMoment),
+    sa.Column("metadata_json", _Json, nullable=False),
 )
 
 SNAPSHOTS = sa.Table(
@@ -651,8 +658,8 @@ SNAPSHOTS = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("device_id", sa.String(255), sa.ForeignKey("devices.device_id"), nullable=False),
     sa.Column("device_type", sa.String(50), nullable=False),
-    sa.Column("state_data", _JSON, nullable=False),
-    sa.Column("timestamp", _MOMENT, nullable=False),
+    sa.Column("state_data", _Json, nullable=False),
+    sa.Column("timestamp", _SqliteMoment, nullable=False),
     # Ordered by what happened last, with the timestamp aboard so that `since` and `until` are decided in the index.
     sa.Index("ix_amhrpd_snapshots", "device_id", "id", "timestamp"),
 )
@@ -663,12 +670,12 @@ COMMAND_LOGS = sa.Table(
     sa.Column("command_id", sa.String(255), primary_key=True),
     sa.Column("device_type", sa.String(50), nullable=False),
     sa.Column("command_name", sa.String(255), nullable=False),
-    sa.Column("payload", _JSON, nullable=False),
+    sa.Column("payload", _Json, nullable=False),
     sa.Column("status", sa.String(50), nullable=False),
-    sa.Column("created_at", _MOMENT, nullable=False),
-    sa.Column("executed_at", _MOMENT),
-    sa.Column("completed_at", _MOMENT),
-    sa.Column("response_data", _JSON),
+    sa.Column("created_at", _SqliteMoment, nullable=False),
+    sa.Column("executed_at", _SqliteMoment),
+    sa.Column("completed_at", _SqliteMoment),
+    sa.Column("response_data", _Json),
     sa.Column("target_device_count", sa.Integer, nullable=False),
     sa.Column("success_count", sa.Integer, nullable=False),
     sa.Index("ix_amhrpd_commands_status", "status"),
@@ -682,8 +689,8 @@ CONNECTION_LOGS = sa.Table(
     sa.Column("device_id", sa.String(255), sa.ForeignKey("devices.device_id"), nullable=False),
     sa.Column("device_type", sa.String(50), nullable=False),
     sa.Column("event", sa.String(50), nullable=False),
-    sa.Column("timestamp", _MOMENT, nullable=False),
-    sa.Column("details", _JSON),
+    sa.Column("timestamp", _SqliteMoment, nullable=False),
+    sa.Column("details", _Json),
     sa.Index("ix_amhrpd_events", "device_id", "id", "timestamp"),
 )
 
@@ -721,28 +728,27 @@ class HistoryRange:
     until: datetime | None = None
     before_id: int | None = None
 
+    def filters(self, moment: str) -> dict[str, Any]:
+        """The range in the words of dataset's `find`, newest first; `moment` is the column of the time."""
+        times = {op: time for op, time in ((">=", self.since), ("<=", self.until)) if time is not None}
+        wanted: dict[str, Any] = {"order_by": "-id", "_limit": self.limit, "_step": None}
+        if times:
+            wanted[moment] = times
+        if self.before_id is not None:
+            wanted["id"] = {"<": self.before_id}
+        return wanted
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Restored:
     """What earlier runs left.
 
-    Device rows, each with `state` and `state_timestamp` of its latest snapshot and the `last_event` of its connection
-    history (None where there is none), and command rows that may still be answered. `obstacle` says why nothing can be
-    written yet, where that is so.
+    Device rows, each with `state` and `state_timestamp` of its latest snapshot (None where there is none), and command
+    rows that may still be answered, oldest first.
     """
 
-    devices: list[Row] = dataclasses.field(default_factory=list)
-    commands: list[Row] = dataclasses.field(default_factory=list)
-    obstacle: str | None = None
-
-
-# -- rows on their way into the file -----------------------------------------------------------------------------------
-
-ROW_OVERHEAD_BYTES = 600  # memory of a row's dictionary, its times and small texts
-
-
-def _snapshot_cost(row: Row) -> int:
-    return ROW_OVERHEAD_BYTES + memory_bytes(row["state_data"])
+    devices: list[Row]
+    commands: list[Row]
 
 
 def _upsert(table: sa.Table) -> Any:
@@ -750,248 +756,6 @@ def _upsert(table: sa.Table) -> Any:
     keys = [column.name for column in table.primary_key]
     changes = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
     return statement.on_conflict_do_update(index_elements=keys, set_=changes)
-
-
-_UPSERT_DEVICE = _upsert(DEVICES)
-_UPSERT_COMMAND = _upsert(COMMAND_LOGS)
-_INSERT_SNAPSHOT = sa.insert(SNAPSHOTS)
-_INSERT_EVENT = sa.insert(CONNECTION_LOGS)
-
-
-@dataclasses.dataclass(slots=True)
-class Batch:
-    """Rows to write. A device or a command is in it once, as it is now; a command with what it costs in bytes.
-
-    A command's `response_data` is a dictionary device_id -> encoded answer, which is encoded as a whole only for the file.
-    """
-
-    devices: dict[str, Row] = dataclasses.field(default_factory=dict)
-    snapshots: deque[Row] = dataclasses.field(default_factory=deque)
-    events: deque[Row] = dataclasses.field(default_factory=deque)
-    commands: dict[str, tuple[Row, int]] = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.devices) + len(self.snapshots) + len(self.events) + len(self.commands)
-
-    def take(self, max_snapshots: int) -> Batch:
-        """Move everything out into a new batch, of the snapshots the oldest `max_snapshots`."""
-        taken = Batch(self.devices, deque(), self.events, self.commands)
-        self.devices, self.events, self.commands = {}, deque(), {}
-        while self.snapshots and len(taken.snapshots) < max_snapshots:
-            taken.snapshots.append(self.snapshots.popleft())
-        return taken
-
-    def cost_bytes(self) -> int:
-        """What the rows count against the store's limits. Devices are free: their number is limited elsewhere."""
-        return (
-            sum(map(_snapshot_cost, self.snapshots))
-            + len(self.events) * ROW_OVERHEAD_BYTES
-            + sum(cost_bytes for _, cost_bytes in self.commands.values())
-        )
-
-    def statements(self) -> Iterable[tuple[Any, list[Row]]]:
-        """The batch in SQL, devices first: the other rows refer to them."""
-        if self.devices:
-            yield _UPSERT_DEVICE, list(self.devices.values())
-        if self.snapshots:
-            yield _INSERT_SNAPSHOT, list(self.snapshots)
-        if self.events:
-            yield _INSERT_EVENT, list(self.events)
-        if self.commands:
-            rows = [
-                row | {"response_data": row["response_data"] and to_json(row["response_data"])}
-                for row, _ in self.commands.values()
-            ]
-            yield _UPSERT_COMMAND, rows
-
-
-class Backlog:
-    """What waits to be written: the event loop puts it here, the writer thread takes it. All of it is under one lock."""
-
-    # Out of 512 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
-    TELEMETRY_LIMIT_BYTES = 32 << 20
-    RECORDS_LIMIT_BYTES = 48 << 20  # commands and connection events still get in when telemetry is refused
-    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
-    MAX_CANCELLED = 1000  # of those who gave up waiting, before they are swept out
-    BATCH_SNAPSHOTS = 2000  # about 10 ms of writing here, so a command's row never waits long behind telemetry
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._pending = Batch()
-        self._in_flight = Batch()
-        self._is_urgent = False  # the next batch is due now, not after the commit interval
-        self._is_called = False  # the writer is wanted, though there may be nothing to write
-        self._is_closing = False
-        self._deadline_s = math.inf
-        self._waiting: list[tuple[int, int, Future[None]]] = []  # for so many records and snapshots to be written
-        # The last row of every device: what other rows refer to must be there, in a fresh file too.
-        self._known_devices: dict[str, Row] = {}
-        self._cost_bytes = 0
-        self._records_put = self._records_taken = self._records_written = 0
-        self._snapshots_put = self._snapshots_written = 0
-        self._rows_dropped = 0
-
-    # -- for who puts --------------------------------------------------------------------------------------------------
-
-    def put_device(self, row: Row, *, urgent: bool) -> None:
-        """See Store."""
-        with self._changed:
-            self._known_devices[row["device_id"]] = row
-            self._pending.devices[row["device_id"]] = row
-            self._record_put(urgent)
-
-    def put_event(self, row: Row) -> bool:
-        """See Store."""
-        with self._changed:
-            if not self._take_room(ROW_OVERHEAD_BYTES, self.RECORDS_LIMIT_BYTES):
-                return False
-            self._pending.events.append(row)
-            self._record_put(urgent=True)
-            return True
-
-    def put_snapshot(self, row: Row) -> bool:
-        """See Store."""
-        with self._changed:
-            if not self._take_room(_snapshot_cost(row), self.TELEMETRY_LIMIT_BYTES):
-                return False
-            self._pending.snapshots.append(row)
-            self._snapshots_put += 1
-            if self._cost_bytes > self.CONGESTED_BYTES and not self._is_urgent:
-                self._is_urgent = True
-                self._changed.notify()
-            elif len(self._pending.snapshots) == 1:  # more of them change nothing for the writer
-                self._changed.notify()
-            return True
-
-    def put_command(self, row: Row, content_bytes: int) -> bool:
-        """See Store."""
-        command_id = row["command_id"]
-        cost_bytes = ROW_OVERHEAD_BYTES + content_bytes
-        with self._changed:
-            _, previous_bytes = self._pending.commands.get(command_id, (None, 0))
-            if not self._take_room(cost_bytes - previous_bytes, self.RECORDS_LIMIT_BYTES):
-                return False
-            self._pending.commands[command_id] = row, cost_bytes
-            self._record_put(urgent=True)
-            return True
-
-    def _take_room(self, cost_bytes: int, limit_bytes: int) -> bool:
-        if self._cost_bytes + cost_bytes > limit_bytes:
-            self._rows_dropped += 1
-            return False
-        self._cost_bytes += cost_bytes
-        return True
-
-    def _record_put(self, urgent: bool) -> None:
-        self._records_put += 1
-        self._is_urgent |= urgent
-        self._changed.notify()
-
-    def know_device(self, row: Row) -> None:
-        """Remember the row of a device that is in the file."""
-        with self._changed:
-            self._known_devices[row["device_id"]] = row
-
-    def written(self, *, with_snapshots: bool) -> Future[None]:
-        """Done when all that was put so far is written: the records, and with the snapshots or without."""
-        done: Future[None] = Future()
-        with self._changed:
-            if len(self._waiting) > self.MAX_CANCELLED:
-                self._waiting = [waiting for waiting in self._waiting if not waiting[2].cancelled()]
-            snapshots = self._snapshots_put if with_snapshots else 0
-            if self._has_written(self._records_put, snapshots):
-                done.set_result(None)
-            else:
-                self._waiting.append((self._records_put, snapshots, done))
-                self._is_urgent = True
-                self._changed.notify()
-        return done
-
-    def _has_written(self, records: int, snapshots: int) -> bool:
-        return self._records_written >= records and self._snapshots_written >= snapshots
-
-    def call_writer(self) -> None:
-        """Have the writer look after the file, also where there is nothing to write."""
-        with self._changed:
-            self._is_called = self._is_urgent = True
-            self._changed.notify()
-
-    def close(self, deadline_s: float) -> None:
-        """Say that nothing more comes, and until when (monotonic) what is there should be written."""
-        with self._changed:
-            self._is_closing = True
-            self._deadline_s = deadline_s
-            self._changed.notify()
-
-    @property
-    def is_closing(self) -> bool:
-        """Whether `close` was called."""
-        with self._changed:
-            return self._is_closing
-
-    @property
-    def is_congested(self) -> bool:
-        """Whether more waits than a disk that keeps up would leave."""
-        with self._changed:
-            return self._cost_bytes > self.CONGESTED_BYTES
-
-    @property
-    def rows_waiting(self) -> int:
-        """How many rows are not in the file yet."""
-        with self._changed:
-            return len(self._pending) + len(self._in_flight)
-
-    @property
-    def rows_dropped(self) -> int:
-        """How many rows of all time found no room."""
-        with self._changed:
-            return self._rows_dropped
-
-    # -- for the writer thread -----------------------------------------------------------------------------------------
-
-    def take(self, due_s: float) -> Batch | None:
-        """Wait until there is something to do, and it is urgent or `due_s` (monotonic) is over. None: closed, all taken."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._is_called or self._is_closing)
-            self._changed.wait_for(lambda: self._is_urgent or self._is_closing, max(0.0, due_s - time.monotonic()))
-            if not self._pending and not self._is_called:
-                return None
-            self._in_flight = self._pending.take(self.BATCH_SNAPSHOTS)
-            self._records_taken = self._records_put
-            self._is_called = False
-            self._is_urgent = bool(self._pending.snapshots)  # a backlog goes on at once
-            return self._in_flight
-
-    def mark_written(self) -> None:
-        """What was taken last is in the file."""
-        with self._changed:
-            self._cost_bytes -= self._in_flight.cost_bytes()
-            self._records_written = self._records_taken
-            self._snapshots_written += len(self._in_flight.snapshots)
-            self._in_flight = Batch()
-            done = [waiting for waiting in self._waiting if self._has_written(*waiting[:2])]
-            self._waiting = [waiting for waiting in self._waiting if waiting not in done]
-        for _, _, future in done:
-            if future.set_running_or_notify_cancel():
-                future.set_result(None)
-
-    def add_known_devices(self, batch: Batch, device_ids: Iterable[str] | None = None) -> None:
-        """Put the rows of these devices (None: of all) into a batch, where it hasn't newer ones."""
-        with self._changed:
-            wanted = list(self._known_devices) if device_ids is None else device_ids
-            known = {key: self._known_devices[key] for key in wanted if key in self._known_devices}
-            batch.devices = known | batch.devices
-
-    def pause(self, duration_s: float) -> bool:
-        """Wait before what was taken is tried again. False, at once, where the deadline of `close` would pass meanwhile."""
-        until_s = time.monotonic() + duration_s
-        with self._changed:
-            while (now_s := time.monotonic()) < until_s < self._deadline_s:
-                self._changed.wait(until_s - now_s)
-            return until_s < self._deadline_s
-
-
-# -- queries and what they find ----------------------------------------------------------------------------------------
 
 
 def _latest_of_each_device(table: sa.Table) -> sa.Select[Any]:
@@ -1007,21 +771,37 @@ def _latest_of_each_device(table: sa.Table) -> sa.Select[Any]:
     return sa.select(table).where(table.c.id.in_(sa.select(newest).select_from(DEVICES)))
 
 
-def _newest(
-    table: sa.Table, order: sa.ColumnElement[int], moment: sa.Column[Any], span: HistoryRange, **wanted: str | None
-) -> sa.Select[Any]:
-    """The rows of `span`, those of highest `order` first, that have the wanted values; None wants any."""
-    statement = sa.select(table).order_by(order.desc()).limit(span.limit)
-    for name, value in wanted.items():
-        if value is not None:
-            statement = statement.where(table.c[name] == value)
-    if span.since is not None:
-        statement = statement.where(moment >= span.since)
-    if span.until is not None:
-        statement = statement.where(moment <= span.until)
-    if span.before_id is not None:
-        statement = statement.where(order < span.before_id)
-    return statement
+# dataset's own upserts take three statements a row.
+UPSERTS = {table: _upsert(table) for table in (DEVICES, COMMAND_LOGS)}
+
+
+class Stored(Protocol):
+    """What is kept in a keyed table: it waits as an object and becomes a row when its turn comes."""
+
+    def row(self) -> Row:
+        """The row as it is now."""
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """Rows for one transaction, and who waits for it. A device or a command is in it once."""
+
+    devices: dict[str, Row] = dataclasses.field(default_factory=dict)
+    snapshots: list[Row] = dataclasses.field(default_factory=list)
+    events: list[Row] = dataclasses.field(default_factory=list)
+    commands: list[Row] = dataclasses.field(default_factory=list)
+    waiting: list[asyncio.Future[None]] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.devices) + len(self.snapshots) + len(self.events) + len(self.commands)
+
+    def tables(self) -> Iterator[tuple[sa.Table, list[Row]]]:
+        """Table by table, devices first: the other rows refer to them."""
+        rows = (list(self.devices.values()), self.snapshots, self.commands, self.events)
+        return ((table, of_it) for table, of_it in zip(TABLES, rows, strict=True) if of_it)
+
+
+# -- reading: what a file has, as well as it goes ----------------------------------------------------------------------
 
 
 def _finite_or_none(text: str) -> float | None:
@@ -1045,16 +825,16 @@ def _clean_json(stored: object) -> JsonText:
         return json.dumps(text)  # no JSON at all: shown as the text that it is
 
 
-def _ready_to_encode(rows: list[Row]) -> list[Row]:
-    """Rows of a history as answers show them: times as text, JSON as it is."""
-    for row in rows:
-        for column in ("state_data", "details", "payload", "response_data"):
-            if row.get(column) is not None:
-                row[column] = raw(_clean_json(row[column]))
-        for column in ("timestamp", "created_at", "executed_at", "completed_at"):
-            if column in row:
-                row[column] = format_time(row[column])
-    return rows
+def _presentable(table: sa.Table, row: Row) -> Row:
+    """A row as answers show it: the contract's columns, times as text, JSON as it is."""
+    shown: Row = {}
+    for column in table.columns:
+        value = row[column.name]
+        if isinstance(column.type, _Json):
+            shown[column.name] = None if value is None else raw(_clean_json(value))
+        else:
+            shown[column.name] = format_time(value) if isinstance(value, datetime) else value
+    return shown
 
 
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
@@ -1062,16 +842,20 @@ def _ready_to_encode(rows: list[Row]) -> list[Row]:
 _STORE_ERRORS = (sa.exc.SQLAlchemyError, sqlite3.Error, OSError)
 
 
-def _is_corruption(error: BaseException) -> bool:
+def _sqlite_code(error: BaseException) -> int | None:
     code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return None if code is None else code & 0xFF
+
+
+def _is_corruption(error: BaseException) -> bool:
+    return _sqlite_code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _is_lack_of_room(error: BaseException) -> bool:
     """Whether a disk that is full would explain it. SQLite says so or, where a shared-memory file can't grow, "I/O error"."""
-    code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF
     number = error.errno if isinstance(error, OSError) else None
-    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    is_full = _sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    return is_full or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _is_fault_of_a_row(error: BaseException) -> bool:
@@ -1121,133 +905,215 @@ class _SqliteConnection(sqlite3.Connection):
         self.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
 
 
-def _pass_through(value: Any) -> Any:
-    return value
-
-
-_DATASET_OPTIONS: dict[str, Any] = {
-    "row_type": dict,
-    "ensure_schema": False,
-    "engine_kwargs": {
-        "json_serializer": _pass_through,
-        "json_deserializer": _pass_through,
-        # A lock of another program is waited for briefly; then the batch is tried again, and a stop gets through.
-        "connect_args": {"timeout": 1.0, "factory": _SqliteConnection},
-    },
-}
+class FileMoved(Exception):
+    """Somebody moved, removed or replaced the file since it was opened."""
 
 
 class DatabaseFile:
-    """The SQLite file: its lock, checks and schema, transactions and queries. Every method blocks on the disk.
+    """The SQLite file, through `dataset`. Every method blocks on the disk.
 
-    It belongs to one thread at a time, who opens it and then the writer; `select` and `check` may run in others. What is
-    found broken is noted in `damage`, and the owner replaces the file by `make_usable`.
+    `open`, `commit`, `commit_row_by_row` and `close` belong to the writer's thread, `find` to the reader's, and the owner
+    sees to it that nobody reads while the file is opened or closed. Whatever fails closes the file, which also cures
+    dataset's lock after a failed COMMIT; the next `open` is the one way back, from a start, a full disk, damage, and a file
+    that somebody moved, removed or replaced.
     """
 
     CHECKED_AT_START_BYTES = 8 << 20  # 0.2 s of an SD card's reading; a larger file is for `check`
-    RESTORED_CLOSED_COMMANDS = 1000  # the latest that still lack answers; of the open ones all
+    LOCK_TIMEOUT_S = 1.0  # for another program's lock; then the batch is tried again, and a stop gets through
+    RESTORED_CLOSED_COMMANDS = 1000  # the latest that still lack answers
+    RESTORED_BYTES = 8 << 20  # of the commands' contents, so that a start takes no more than the run before it
     MAGIC = b"SQLite format 3\x00"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.notice: str | None = None  # for people: that a corrupt file was moved aside, and where to
-        self.damage: str | None = None  # set by whoever finds it, cleared by the owner
+        self.notice: str | None = None  # for people: what happened to the file
+        self.is_doubted = False  # SQLite reported damage, and the next `open` has to look at the whole file
         self._lock_fd: int | None = None
-        self._is_inspected = False  # a disk that is full may not let us
-        # Held while a query runs, and while one file takes the place of another. Only the owner changes the two below, so
-        # it reads them without.
-        self._swap = threading.Lock()
-        self._database: Any = None  # None before the first file, and between a corrupt file and the next
-        self._generation = 0
+        self._database: Any = None
+        self._asking: sqlite3.Connection | None = None  # what the reader's thread is busy with
+        self._is_loaded = False  # the file that is locked was looked at, and what it has was handed over
 
-    # -- opening -------------------------------------------------------------------------------------------------------
-
-    def open(self) -> Restored:
-        """Open or create the file and return what earlier runs left. A corrupt one is moved aside and a fresh one begun.
-
-        On a disk that is full it is only read, and `make_usable` will open it later.
-
-        Raises StartError for a folder or file that can't be written, a file that is no database of this gateway or one of
-        a newer version, and a file that another gateway has open.
-        """
-        try:
-            try:
-                return self._open_and_load()
-            except sa.exc.DatabaseError:
-                if self.damage is None:
-                    raise
-            return self._open_and_load()
-        except BlockingIOError:
-            raise StartError(f"the database {self.path} is in use by another gateway") from None
-        except _STORE_ERRORS as error:
-            obstacle = f"can't open the database {self.path}: {_cause(error)}"
-            if not _is_lack_of_room(error):
-                raise StartError(obstacle) from None
-        try:
-            restored = self._load_unopened()
-        except _STORE_ERRORS:
-            raise StartError(obstacle) from None
-        return dataclasses.replace(restored, obstacle=obstacle)
-
-    def _open_and_load(self) -> Restored:
-        self.make_usable()
-        return self._load()
-
-    def _load_unopened(self) -> Restored:
-        """What earlier runs left, without a byte written.
-
-        Raises OSError where a crash left a write-ahead log: what it holds can't be read so, and must not be overwritten.
-        """
-        self._disconnect()
-        log_path = self.path.with_name(self.path.name + "-wal")
-        if log_path.exists() and log_path.stat().st_size > 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return Restored()
-        url = f"sqlite:///file:{urllib.parse.quote(str(self.path.absolute()))}?immutable=1&uri=true"
-        self._database = dataset.connect(url, sqlite_wal_mode=False, **_DATASET_OPTIONS)
-        try:
-            found = sa.inspect(self._database.engine).get_table_names()
-            return self._load() if {table.name for table in TABLES} <= set(found) else Restored()
-        finally:
-            self._disconnect()
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be read and written, as far as is known."""
+        return self._database is not None and not self.is_doubted
 
     @property
     def is_large(self) -> bool:
         """Whether a check of the whole file would hold up a start."""
         return self.path.exists() and self.path.stat().st_size > self.CHECKED_AT_START_BYTES
 
-    @property
-    def is_usable(self) -> bool:
-        """Whether the file is open, and nothing is known to be broken in it."""
-        return self._database is not None and self.damage is None
+    # -- opening -------------------------------------------------------------------------------------------------------
 
-    def make_usable(self) -> bool:
-        """Open the file where it isn't, or not any more; True where that was to do. After a failure, try again.
+    def open(self, online: Collection[str]) -> Restored | None:
+        """Open or create the file, end what the last run left open (but for the devices that are online), and load it.
 
-        One that has damage is moved aside, and one that somebody put in its place meanwhile is opened.
+        None where it is the file that was open before and has been loaded.
+
+        A damaged file is moved aside and a fresh one begun. Raises StartError for a file that is in use, none of ours or
+        of a newer version, and what `dataset`, SQLite and the system raise; then it is closed.
         """
-        is_in_place = self._is_in_place()
-        if self.is_usable and is_in_place:
-            return False  # without `_swap`, which a query holds as long as it runs
-        with self._swap:
-            if not is_in_place:
-                self._leave_file()
+        try:
+            if not self._is_in_place():
+                self._leave()
             self._disconnect()
             if self._lock_fd is None:
                 self._acquire_lock()
-            if not self._is_inspected or self.damage is not None:
-                self.damage = self._inspect()
-                self._is_inspected = True
-            if self.damage is not None:
-                self._move_aside()
-                self.damage = None
+            if (self.is_doubted or not self._is_loaded) and (damage := self._find_damage()) is not None:
+                self._move_aside(damage)
                 self._acquire_lock()
-            with self._noting_damage():
-                self._connect()
-            return True
+            self.is_doubted = False
+            self._connect()
+            if self._is_loaded:
+                return None
+            self._end_last_run(online)
+            restored, self._is_loaded = self._load(), True
+            return restored
+        except BaseException as error:
+            self._fail(error)
+            raise
 
-    def _leave_file(self) -> None:
+    def _fail(self, error: BaseException) -> None:
+        self.is_doubted |= _is_corruption(error)
+        self._disconnect()
+
+    def _acquire_lock(self) -> None:
+        """Keep other gateways off."""
+        lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            if not stat.S_ISREG(os.fstat(lock_fd).st_mode):
+                raise StartError(f"the database {self.path} is no regular file")
+            # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock_fd)
+            raise StartError(f"the database {self.path} is in use by another gateway") from None
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        self._lock_fd = lock_fd
+        self._is_loaded = False
+
+    def _release_lock(self) -> None:
+        """To be called without a connection: POSIX takes SQLite's locks away with any descriptor of the file that closes."""
+        if self._lock_fd is not None:
+            lock_fd, self._lock_fd = self._lock_fd, None
+            os.close(lock_fd)
+
+    def _find_damage(self) -> str | None:
+        """What is broken in the file, or None; to be called before anything is written to it.
+
+        One read error is reported as damage, too, and the file is whole: only what a second look finds as well, in a file
+        that can be read from end to end, is believed.
+        """
+        with self.path.open("rb") as file:
+            start = file.read(len(self.MAGIC))
+        if not start:
+            return None
+        if start != self.MAGIC:
+            raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
+        if self._look(is_whole=self.is_doubted or not self.is_large) is None:
+            return None
+        for suffix in ("", "-wal"):
+            if (path := self.path.with_name(self.path.name + suffix)).exists():
+                _read_through(path)
+        return self._look(is_whole=True)
+
+    def _look(self, *, is_whole: bool) -> str | None:
+        """What a connection of its own finds broken, or None. Raises StartError for a file of others."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=self.LOCK_TIMEOUT_S)) as connection:
+            try:
+                self._check_schema(connection)
+                return _quick_check(connection) if is_whole else None
+            except sqlite3.DatabaseError as error:
+                if _is_corruption(error):
+                    return str(error)
+                raise
+
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StartError(f"{self.path} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
+        kinds = dict(connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')").fetchall())
+        if kinds and not kinds.keys() & {table.name for table in TABLES}:
+            raise StartError(f"{self.path} is no database of this gateway: it has the tables {', '.join(sorted(kinds))}")
+        for table in TABLES:
+            if kinds.get(table.name) == "view":
+                raise StartError(f"{self.path} can't be used: {table.name} is a view")
+            columns = connection.execute(f"PRAGMA table_info({table.name})").fetchall()
+            found = {name for _, name, *_ in columns}
+            if found and (missing := [column.name for column in table.columns if column.name not in found]):
+                raise StartError(f"{self.path} is no database of this gateway: {table.name} has no column {', '.join(missing)}")
+            for _, name, _, is_required, default, is_key in columns:
+                if is_required and default is None and not is_key and name not in table.columns:
+                    raise StartError(
+                        f"{self.path} can't be used: somebody added the column {name} to {table.name}, which must not be "
+                        "empty and has no default"
+                    )
+
+    def _connect(self) -> None:
+        database = dataset.connect(
+            sa.URL.create("sqlite", database=str(self.path)).render_as_string(),
+            row_type=dict,
+            ensure_schema=False,
+            engine_kwargs={"connect_args": {"timeout": self.LOCK_TIMEOUT_S, "factory": _SqliteConnection}},
+            on_connect_statements=[
+                "PRAGMA foreign_keys = ON",
+                "PRAGMA synchronous = NORMAL",  # with WAL it never corrupts, and syncs at checkpoints only
+                "PRAGMA wal_autocheckpoint = 1000",
+                "PRAGMA journal_size_limit = 8388608",
+            ],
+        )
+        self._database = database
+        # dataset reflects the tables: as these types, so that JSON passes as the text that it is, None is NULL, and a time
+        # that is none doesn't end a query.
+        dialect: Any = database.executable.dialect
+        dialect.ischema_names = dialect.ischema_names | {"JSON": _Json, "DATETIME": _SqliteMoment}
+        with database as transaction:
+            self._migrate(transaction.executable)
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        """Create what is missing of tables and indexes, in a fresh file all of it."""
+        _SCHEMA.create_all(connection)
+        inspector = sa.inspect(connection)
+        for table in TABLES:
+            existing = {index["name"] for index in inspector.get_indexes(table.name)}
+            for index in table.indexes:
+                if index.name not in existing:
+                    log.info("index_created", table=table.name, index=index.name)
+                    index.create(connection)
+            # Those the earlier backend's ORM made, one a column: no query uses them and each costs a page a commit.
+            for name in sorted(existing - {index.name for index in table.indexes}, key=str):
+                if name and name.startswith(f"ix_{table.name}_"):
+                    log.info("index_dropped", table=table.name, index=name)
+                    connection.execute(sa.text(f'DROP INDEX "{name}"'))
+        if connection.execute(sa.text("PRAGMA user_version")).scalar_one() != SCHEMA_VERSION:
+            connection.execute(sa.text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
+
+    def _disconnect(self) -> None:
+        if self._database is not None:
+            database, self._database = self._database, None
+            database.close()
+
+    def _move_aside(self, damage: str) -> None:
+        aside = self.path.with_name(f"{self.path.name}.corrupt-{utc_now():%Y%m%dT%H%M%S.%f}Z")
+        for suffix in ("-wal", "-shm", ""):  # the file last: as long as it is there, the whole is
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).rename(aside.with_name(aside.name + suffix))
+        self._release_lock()
+        self.notice = f"the database was corrupt ({damage}); it was moved to {aside} and a fresh one begun"
+        log.error("database_corrupt", damage=damage, moved_to=str(aside))
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that is locked, if any, is the one that its path names."""
+        if self._lock_fd is None:
+            return True
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._lock_fd))
+        except FileNotFoundError:
+            return False
+
+    def _leave(self) -> None:
         """Let go of a file that somebody moved or removed. What its write-ahead log holds goes with it, and only with it:
         the log has no name of its file in it, and SQLite would replay it over whatever lies at the path.
         """
@@ -1263,223 +1129,174 @@ class DatabaseFile:
             self.path.with_name(self.path.name + "-shm").unlink(missing_ok=True)
         self._disconnect()
         self._release_lock()
-        self._is_inspected = False
-        self.damage = None
+        self.is_doubted = False
         self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
         log.error("database_replaced", path=str(self.path), moved_to=str(moved_to) if is_there else None)
         if is_there:
-            with contextlib.closing(sqlite3.connect(moved_to, timeout=5)) as connection:
+            with contextlib.closing(sqlite3.connect(moved_to, timeout=self.LOCK_TIMEOUT_S)) as connection:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def _is_in_place(self) -> bool:
-        """Whether the file that is locked, if any, is the one that its path names."""
-        if self._lock_fd is None:
-            return True
-        try:
-            return os.path.samestat(self.path.stat(), os.fstat(self._lock_fd))
-        except FileNotFoundError:
-            return False
+    # -- what the last run left ----------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _noting_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except sa.exc.DatabaseError as error:
-            if _is_corruption(error):
-                self.damage = _cause(error)
-            raise
-
-    def _acquire_lock(self) -> None:
-        """Keep other gateways off. Raises BlockingIOError where one has the file."""
-        lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        try:
-            if not stat.S_ISREG(os.fstat(lock_fd).st_mode):
-                raise StartError(f"the database {self.path} is no regular file")
-            # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
-            os.close(lock_fd)
-            raise
-        self._lock_fd = lock_fd
-
-    def _release_lock(self) -> None:
-        """To be called without a connection: POSIX takes SQLite's locks away with any descriptor of the file that closes."""
-        if self._lock_fd is not None:
-            lock_fd, self._lock_fd = self._lock_fd, None
-            os.close(lock_fd)
-
-    def _inspect(self) -> str | None:
-        """Look at the file before anything is written to it. Returns what is broken, or None. Raises StartError."""
-        with self.path.open("rb") as file:
-            start = file.read(1 << 20)
-        if not start:
-            return None
-        if not start.startswith(self.MAGIC):
-            raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
-        is_doubted = self.damage is not None
-        damage = self._look(is_whole=is_doubted or not self.is_large)
-        if damage is None:
-            return None
-        # One read error is reported as damage, too, and the file is whole: only what a second look finds as well, in a file
-        # that can be read from end to end, is believed.
-        for suffix in ("", "-wal"):
-            if (path := self.path.with_name(self.path.name + suffix)).exists():
-                _read_through(path)
-        return self._look(is_whole=True)
-
-    def _look(self, *, is_whole: bool) -> str | None:
-        """What a connection of its own finds broken, or None. Raises StartError for a file of others."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as connection:
-            try:
-                self._check_ours(connection)
-                return _quick_check(connection) if is_whole else None
-            except sqlite3.DatabaseError as error:
-                if _is_corruption(error):
-                    return str(error)
-                raise
-
-    def _check_ours(self, connection: sqlite3.Connection) -> None:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StartError(f"{self.path} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
-        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if names and not names & {table.name for table in TABLES}:
-            raise StartError(f"{self.path} is no database of this gateway: it has the tables {', '.join(sorted(names))}")
-        for table in TABLES:
-            found = {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}
-            if found and (missing := [column.name for column in table.columns if column.name not in found]):
-                raise StartError(f"{self.path} is no database of this gateway: {table.name} has no column {', '.join(missing)}")
-
-    def _connect(self) -> None:
-        database = dataset.connect(
-            sa.URL.create("sqlite", database=str(self.path)).render_as_string(),
-            on_connect_statements=[
-                "PRAGMA foreign_keys = ON",
-                "PRAGMA synchronous = NORMAL",  # with WAL it never corrupts, and syncs at checkpoints only
-                "PRAGMA wal_autocheckpoint = 1000",
-                "PRAGMA journal_size_limit = 8388608",
-            ],
-            **_DATASET_OPTIONS,
-        )
-        try:
-            assert database.engine is not None
-            self._migrate(database.engine)
-        except BaseException:
-            database.close()
-            raise
-        self._database = database
-        self._generation += 1
-
-    def _migrate(self, engine: sa.Engine) -> None:
-        """Create what is missing of tables and indexes, in a fresh file all of it."""
-        _SCHEMA.create_all(engine)
-        with engine.begin() as connection:
-            inspector = sa.inspect(connection)
-            for table in TABLES:
-                existing = {index["name"] for index in inspector.get_indexes(table.name)}
-                for index in table.indexes:
-                    if index.name not in existing:
-                        log.info("index_created", table=table.name, index=index.name)
-                        index.create(connection)
-                # Those the earlier backend's ORM made, one a column: no query uses them and each costs a page a commit.
-                ours = {index.name for index in table.indexes}
-                for name in sorted(existing - ours, key=str):
-                    if name and name.startswith(f"ix_{table.name}_"):
-                        log.info("index_dropped", table=table.name, index=name)
-                        connection.execute(sa.text(f'DROP INDEX "{name}"'))
-            if connection.execute(sa.text("PRAGMA user_version")).scalar_one() != SCHEMA_VERSION:
-                connection.execute(sa.text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
-
-    def _disconnect(self) -> None:
-        if self._database is not None:
-            database, self._database = self._database, None
-            database.close()
-
-    def _move_aside(self) -> None:
-        aside = self.path.with_name(f"{self.path.name}.corrupt-{utc_now():%Y%m%dT%H%M%S.%f}Z")
-        for suffix in ("-wal", "-shm", ""):  # the file last: as long as it is there, the whole is
-            with contextlib.suppress(FileNotFoundError):
-                self.path.with_name(self.path.name + suffix).rename(aside.with_name(aside.name + suffix))
-        self._release_lock()
-        self.notice = f"the database was corrupt ({self.damage}); it was moved to {aside} and a fresh one begun"
-        log.error("database_corrupt", damage=self.damage, moved_to=str(aside))
+    def _end_last_run(self, online: Collection[str]) -> None:
+        """Whatever the file says is online is not, but for `online`: its device row and its connection history say so."""
+        now = utc_now()
+        with self._database as database:
+            latest = {event["device_id"]: event["event"] for event in database.query(_latest_of_each_device(CONNECTION_LOGS))}
+            left = [
+                device
+                for device in database["devices"].find()
+                if (device["is_online"] or latest.get(device["device_id"]) == CONNECTED) and device["device_id"] not in online
+            ]
+            if left:
+                gone = [{"device_id": d["device_id"], "is_online": False, "disconnected_at": now} for d in left]
+                database["devices"].update_many(gone, ["device_id"])
+                details = to_json({"reason": "the gateway ended without saying goodbye"})
+                events = [
+                    {
+                        "device_id": device["device_id"],
+                        "device_type": device["device_type"] or "",
+                        "event": DISCONNECTED,
+                        "timestamp": now,
+                        "details": details,
+                    }
+                    for device in left
+                ]
+                database["device_connection_logs"].insert_many(events)
 
     def _load(self) -> Restored:
-        devices: dict[str, Row] = {row["device_id"]: row for row in self.select(sa.select(DEVICES))}
-        for row in devices.values():
-            row["device_type"] = row["device_type"] or ""
-            row["connected_at"] = row["connected_at"] or row["last_heartbeat"] or utc_now()
-            row["metadata_json"] = "{}" if row["metadata_json"] is None else _clean_json(row["metadata_json"])
-            row["state"] = row["state_timestamp"] = row["last_event"] = None
-        for snapshot in self.select(_latest_of_each_device(SNAPSHOTS)):
-            device = devices[snapshot["device_id"]]
-            device["state"] = _clean_json(snapshot["state_data"])
-            device["state_timestamp"] = snapshot["timestamp"]
-        for event in self.select(_latest_of_each_device(CONNECTION_LOGS)):
-            devices[event["device_id"]]["last_event"] = event["event"]
-        closed = self._load_commands((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)
-        return Restored(list(devices.values()), closed + self._load_commands(OPEN_STATUSES))
+        with self._database as database:
+            devices: dict[str, Row] = {row["device_id"]: row for row in database["devices"].find()}
+            for row in devices.values():
+                row["device_type"] = row["device_type"] or ""
+                row["connected_at"] = row["connected_at"] or row["last_heartbeat"] or utc_now()
+                row["metadata_json"] = "{}" if row["metadata_json"] is None else _clean_json(row["metadata_json"])
+                row["state"] = row["state_timestamp"] = None
+            for snapshot in database.query(_latest_of_each_device(SNAPSHOTS)):
+                device = devices[snapshot["device_id"]]
+                device["state"] = _clean_json(snapshot["state_data"])
+                device["state_timestamp"] = snapshot["timestamp"]
+            return Restored(list(devices.values()), self._load_commands(database))
 
-    def _load_commands(self, statuses: Sequence[str], limit: int | None = None) -> list[Row]:
-        is_meant = COMMAND_LOGS.c.status.in_(statuses)
-        rows = self.select(sa.select(COMMAND_LOGS).where(is_meant).order_by(_COMMAND_ORDER.desc()).limit(limit))
+    def _load_commands(self, database: Any) -> list[Row]:
+        """Commands that may still be answered, oldest first: of the open ones all, but for those that would take more than
+        RESTORED_BYTES, which end as `ack_timeout`; of those that lack an answer the latest.
+        """
+        size = sa.func.coalesce(sa.func.length(COMMAND_LOGS.c.payload), 0) + sa.func.coalesce(
+            sa.func.length(COMMAND_LOGS.c.response_data), 0
+        )
+        kept: list[str] = []
+        overdue: list[Row] = []
+        room_bytes = self.RESTORED_BYTES
+        for statuses, limit in ((OPEN_STATUSES, None), ((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)):
+            newest = sa.select(COMMAND_LOGS.c.command_id, size.label("size")).where(COMMAND_LOGS.c.status.in_(statuses))
+            for row in list(database.query(newest.order_by(_COMMAND_ORDER.desc()).limit(limit))):
+                room_bytes -= 4 * row["size"] + 1000  # of its text in any language, and of the object
+                if room_bytes > 0:
+                    kept.append(row["command_id"])
+                elif statuses is OPEN_STATUSES:
+                    overdue.append({"command_id": row["command_id"], "status": ACK_TIMEOUT})
+        if overdue:
+            log.warning("open_commands_ended", count=len(overdue), reason="their answers take too much memory")
+            database["command_logs"].update_many(overdue, ["command_id"])
+        rows = [database["command_logs"].find_one(command_id=command_id) for command_id in reversed(kept)]
         for row in rows:
             row["payload"] = _clean_json(row["payload"])
             row["response_data"] = None if row["response_data"] is None else _clean_json(row["response_data"])
-        return rows[::-1]
+        return rows
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
     def commit(self, batch: Batch) -> None:
-        """Write a batch in one transaction, all or nothing."""
-        with self._noting_damage(), self._database.engine.begin() as connection:
-            for statement, rows in batch.statements():
-                connection.execute(statement, rows)
+        """Write a batch in one transaction, all or nothing. Whatever fails closes the file, but a row's own fault.
+
+        Raises FileMoved where the file isn't at its path any more.
+        """
+        if not self._is_in_place():
+            raise FileMoved(f"{self.path} was deleted or replaced")
+        with self._closing_what_fails(), self._database as database:
+            for table, rows in batch.tables():
+                self._write(database, table, rows)
 
     def commit_row_by_row(self, batch: Batch) -> list[tuple[str, Row, str]]:
-        """Write a batch but for the rows that the database refuses for what they are: table, row and reason of each."""
+        """Write a batch but for the rows that the database refuses for what they are: table, row and reason of each.
+
+        Raises StartError where not the rows are at fault but what somebody did to the tables.
+        """
         refused: list[tuple[str, Row, str]] = []
-        with self._noting_damage(), self._database.engine.begin() as connection:
-            for statement, rows in batch.statements():
-                for row in rows:
-                    try:
-                        connection.execute(statement, [row])
-                    except sa.exc.StatementError as error:
-                        if not _is_fault_of_a_row(error):
-                            raise
-                        refused.append((statement.table.name, row, _cause(error)))
+        with self._closing_what_fails():
+            with contextlib.closing(sqlite3.connect(self.path, timeout=self.LOCK_TIMEOUT_S)) as connection:
+                self._check_schema(connection)
+            with self._database as database:
+                for table, rows in batch.tables():
+                    for row in rows:
+                        try:
+                            self._write(database, table, [row])
+                        except sa.exc.StatementError as error:
+                            if not _is_fault_of_a_row(error):
+                                raise
+                            refused.append((table.name, row, _cause(error)))
         return refused
 
-    def select(self, statement: sa.Select[Any]) -> list[Row]:
-        """All rows that a query finds."""
-        with self._swap:
-            if self._database is None:
-                raise sqlite3.OperationalError("the database is not open")
-            with self._noting_damage():
-                return list(self._database.query(statement))
+    @contextlib.contextmanager
+    def _closing_what_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not _is_fault_of_a_row(error):
+                self._fail(error)
+            raise
+
+    def _write(self, database: Any, table: sa.Table, rows: list[Row]) -> None:
+        if table in UPSERTS:
+            database.executable.execute(UPSERTS[table], rows)
+        else:
+            database[table.name].insert_many(rows, chunk_size=len(rows))
+
+    def find(self, table: sa.Table, **wanted: Any) -> list[Row]:
+        """Rows of a table by dataset's `find`, ready to encode. In the reader's thread."""
+        return self._read(table, lambda database: database[table.name].find(**wanted))
+
+    def query(self, table: sa.Table, statement: sa.Select[Any]) -> list[Row]:
+        """Rows of a table by a query that `find` has no words for, ready to encode. In the reader's thread."""
+        return self._read(table, lambda database: database.query(statement))
+
+    def _read(self, table: sa.Table, run: Callable[[Any], Iterable[Row]]) -> list[Row]:
+        if self._database is None:
+            raise sqlite3.OperationalError("the database is not open")
+        try:
+            with self._database as database:
+                self._asking = database.executable.connection.dbapi_connection
+                return [_presentable(table, row) for row in run(database)]
+        except sa.exc.DatabaseError as error:
+            self.is_doubted |= _is_corruption(error)
+            raise
+        finally:
+            self._asking = None
+
+    def interrupt(self) -> None:
+        """Break off what the reader's thread is asking, which then raises. From any thread."""
+        if (connection := self._asking) is not None:
+            connection.interrupt()
 
     def check(self, is_cancelled: Callable[[], bool]) -> None:
         """Look for damage in the whole file: minutes, for a large one on an SD card. For a thread of its own."""
-        generation = self._generation
         try:
             with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as connection:
                 connection.set_progress_handler(is_cancelled, 10_000)
                 damage = _quick_check(connection)
-        except sqlite3.DatabaseError as error:
-            if not _is_corruption(error):
-                return  # a stop, or a disk in trouble: what reads and writes the file will say so
-            damage = str(error)
         except OSError:
-            return
-        with self._swap:
-            if damage is not None and generation == self._generation:
-                self.damage = damage
+            return  # what reads and writes the file will say so
+        except sqlite3.DatabaseError as error:
+            damage = str(error) if _is_corruption(error) else None
+        self.is_doubted |= damage is not None
 
     def close(self) -> None:
         """Write the write-ahead log into the file and close it. Raises what SQLite raises."""
-        with self._swap:
-            with self._database.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            if self._database is not None:
+                list(self._database.query("PRAGMA wal_checkpoint(TRUNCATE)"))
+        finally:
             self._disconnect()
             self._release_lock()
 
@@ -1496,216 +1313,330 @@ class StoreHealth:
 
 
 class Store:
-    """The way into the file and out of it: one writer thread, one reader thread.
+    """The way into the file and out of it. All state belongs to the event loop; two threads block on the disk for it.
 
-    `put_*` never wait: rows gather in memory and the writer takes all there are, one transaction at a time. A batch that
-    fails for the disk's sake is kept and tried again until it is in the file; a row that the database refuses for its own
-    sake is logged and left out, so that the rest gets in. All methods belong to the event loop's thread.
+    `put_*` never wait: rows gather in memory, and the writer, a task, hands all there are to its thread, one transaction at
+    a time. A batch that fails for the disk's sake is kept and tried again until it is in the file; a row that the database
+    refuses for its own sake is logged and left out, so that the rest gets in.
     """
 
+    # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
+    TELEMETRY_LIMIT_BYTES = 32 << 20
+    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
+    SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
+    MAX_EVENTS = 20_000  # of the connection history that wait, 600 bytes each
+    BATCH_SNAPSHOTS = 2000  # about 11 ms of writing here, so a command's row never waits long behind telemetry
     RETRY_S = 0.5  # after a failed batch
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
-    RELOG_S = 60.0  # a failure that lasts is logged once a minute
-    READ_TIMEOUT_S = 20.0  # what a person with curl may wait for an SD card
+    READ_TIMEOUT_S = 20.0  # contract, section 6
     FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
     READS_WAITING = 64  # at some milliseconds each
 
     def __init__(self, path: Path, commit_interval_s: float) -> None:
         self._file = DatabaseFile(path)
-        self._backlog = Backlog()
         self._commit_interval_s = commit_interval_s
-        self._reads: queue.SimpleQueue[tuple[sa.Select[Any], Future[list[Row]]] | None] = queue.SimpleQueue()
-        self._reads_waiting = 0
-        # Set by the writer thread alone, and read one at a time.
+        self._known_devices: dict[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
+        self._devices: dict[str, Stored] = {}
+        self._commands: dict[str, Stored] = {}
+        self._events: list[Row] = []
+        self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
+        self._waiting: list[asyncio.Future[None]] = []  # for the records: devices, commands, events
+        self._snapshot_bytes = 0  # of those that wait or are being written
+        self._in_flight = Batch()
+        self._is_wanted = asyncio.Event()  # there is something to do ...
+        self._is_urgent = asyncio.Event()  # ... now, not after the commit interval
+        self._deadline_s = math.inf  # of a stop, for what is queued
         self._failure: str | None = None
         self._writing_since_s: float | None = None
-        self._rows_rejected = 0
-        self._commands_rejected: deque[str] = deque(maxlen=1000)  # the ids of the latest
-        # Daemon threads: one that hangs in a disk that stalls must not keep the process from ending.
-        self._writer = threading.Thread(target=self._write_and_close, name="store-writer", daemon=True)
-        self._reader = threading.Thread(target=self._read_forever, name="store-reader", daemon=True)
-        self._closed: Future[bool] = Future()
+        self._rows_dropped = self._rows_rejected = 0
+        self._rejected_commands: deque[str] = deque(maxlen=1000)  # the ids of the latest
+        self._restored: Restored | None = None
+        self._was_open = False
+        self._reads_waiting = 0
+        self._reading = asyncio.Lock()  # held while a query runs, and while the file is opened or closed
+        self._writer_thread = ThreadPoolExecutor(1, "store-writer")
+        self._reader_thread = ThreadPoolExecutor(1, "store-reader")
+        self._tasks: list[asyncio.Task[None]] = []
 
-    def open(self) -> Restored:
-        """Open or create the file, start the threads, and return what earlier runs left. Blocks on the disk.
+    async def open(self) -> None:
+        """Open or create the file and begin to write. What is found is for `take_restored`, now or later.
 
-        Raises StartError, see DatabaseFile.open.
+        Raises StartError where it can't be used, but for a full disk: then the writer goes on trying.
         """
-        restored = self._file.open()
-        for row in restored.devices:  # as they are in the file; nothing to write
-            self._backlog.know_device({column.name: row[column.name] for column in DEVICES.columns})
-        self._failure = restored.obstacle
-        if not self._file.is_usable:
-            self._backlog.call_writer()
-        self._writer.start()
-        self._reader.start()
+        try:
+            await self._open_file()
+        except _STORE_ERRORS as error:
+            self._failure = f"can't open the database {self._file.path}: {_cause(error)}"
+            if not _is_lack_of_room(error):
+                self._end_threads()
+                raise StartError(self._failure) from None
+            log.error("database_open_failed", reason=_cause(error))
+            self._call_writer()
+        except StartError:
+            self._end_threads()
+            raise
+        self._tasks.append(asyncio.create_task(self._write_forever()))
         if self._file.is_large:
-            threading.Thread(target=self._check, name="store-checker", daemon=True).start()
+            self._tasks.append(asyncio.create_task(self._check()))
+
+    async def _open_file(self) -> None:
+        online = [device_id for device_id, device in self._known_devices.items() if device.row()["is_online"]]
+        async with self._reading:
+            restored = await self._in_writer(self._file.open, online if self._was_open else ())
+        self._restored = restored or self._restored
+        self._was_open = True
+
+    def take_restored(self) -> Restored | None:
+        """What the file had when it was opened last; once for every time that it was."""
+        restored, self._restored = self._restored, None
         return restored
 
-    # -- writing -------------------------------------------------------------------------------------------------------
+    async def _in_writer(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._writer_thread, work, *arguments)
 
-    def put_device(self, row: Row, *, urgent: bool = True) -> None:
-        """Write a device row as it is now; `urgent=False` lets it wait for the commit interval, as telemetry does."""
-        self._backlog.put_device(row, urgent=urgent)
+    def _end_threads(self) -> None:
+        self._writer_thread.shutdown(wait=False)
+        self._reader_thread.shutdown(wait=False)
+
+    # -- writing: for who puts -----------------------------------------------------------------------------------------
+
+    def know_device(self, device_id: str, device: Stored) -> None:
+        """Remember a device whose row is in the file: a file that takes its place needs it, too."""
+        self._known_devices[device_id] = device
+
+    def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
+        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
+        self._known_devices[device_id] = self._devices[device_id] = device
+        self._call_writer(urgent=urgent)
 
     def put_event(self, row: Row) -> bool:
-        """Append a row of the connection history. False where the records' limit is reached and it was dropped."""
-        return self._backlog.put_event(row)
+        """Append a row of the connection history. False where too many wait and it was dropped."""
+        if len(self._events) >= self.MAX_EVENTS:
+            self._rows_dropped += 1
+            return False
+        self._events.append(row)
+        self._call_writer()
+        return True
 
     def put_snapshot(self, device_id: str, device_type: str, state: JsonText, timestamp: datetime) -> bool:
         """Append a snapshot. False where the telemetry limit is reached and it was dropped."""
-        row = {"device_id": device_id, "device_type": device_type, "state_data": state, "timestamp": timestamp}
-        return self._backlog.put_snapshot(row)
-
-    def put_command(self, row: Row, content_bytes: int) -> bool:
-        """Write a command row as it is now. False where the records' limit is reached and it was dropped.
-
-        `response_data` is a dictionary of device_id -> encoded answer, or None; `content_bytes` is the memory of payload
-        and answers.
-        """
-        return self._backlog.put_command(row, content_bytes)
-
-    async def commit_command(self, row: Row, content_bytes: int, timeout_s: float) -> bool:
-        """Write a command row and wait until it is committed.
-
-        False after `timeout_s`, where the database refused the row, and at once when writes fail now or the row was dropped
-        (see put_command).
-        """
-        if not self.put_command(row, content_bytes) or self.health().reason is not None:
+        size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(state)
+        if self._snapshot_bytes + size_bytes > self.TELEMETRY_LIMIT_BYTES:
+            self._rows_dropped += 1
             return False
-        is_written = await self._is_written(timeout_s, with_snapshots=False)
-        return is_written and row["command_id"] not in self._commands_rejected
+        self._snapshot_bytes += size_bytes
+        self._snapshots.append(
+            {"device_id": device_id, "device_type": device_type, "state_data": state, "timestamp": timestamp}
+        )
+        self._call_writer(urgent=self._snapshot_bytes > self.CONGESTED_BYTES)
+        return True
+
+    def put_command(self, command_id: str, command: Stored) -> None:
+        """Write a command's row."""
+        self._commands[command_id] = command
+        self._call_writer()
+
+    async def commit_command(self, command_id: str, command: Stored, timeout_s: float) -> bool:
+        """Write a command's row and wait until it is committed.
+
+        False after `timeout_s`, where the database refused the row, and at once when writes fail now.
+        """
+        self.put_command(command_id, command)
+        if self.health().reason is not None:
+            return False
+        return await self._is_written(self._waiting, timeout_s) and command_id not in self._rejected_commands
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until everything put so far is committed. False after `timeout_s`."""
-        return await self._is_written(timeout_s, with_snapshots=True)
+        if not self._rows_waiting():
+            return True
+        return await self._is_written(self._snapshots, timeout_s)
 
-    async def _is_written(self, timeout_s: float, *, with_snapshots: bool) -> bool:
-        written = self._backlog.written(with_snapshots=with_snapshots)
-        if not written.done():
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await asyncio.wrap_future(written)
-            except TimeoutError:
-                return False
+    async def _is_written(self, line: deque[Row | asyncio.Future[None]] | list[asyncio.Future[None]], timeout_s: float) -> bool:
+        """Stand in a line of what waits, until its turn came and all before it is written. False after `timeout_s`."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line.append(written)
+        self._call_writer()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await written
+        except TimeoutError:
+            return False
         return True
 
-    @property
-    def is_congested(self) -> bool:
-        """Whether telemetry comes in faster than a healthy disk takes it."""
-        return self._failure is None and self._backlog.is_congested
+    def _call_writer(self, *, urgent: bool = True) -> None:
+        self._is_wanted.set()
+        if urgent:
+            self._is_urgent.set()
 
-    @property
-    def is_writer_alive(self) -> bool:
-        """Whether the writer thread runs (it does while it waits for a disk that stalls)."""
-        return self._writer.is_alive()
+    def _rows_waiting(self) -> int:
+        return len(self._devices) + len(self._commands) + len(self._events) + len(self._snapshots) + len(self._in_flight)
 
-    def health(self) -> StoreHealth:
-        """How it goes; never waits."""
-        since_s = self._writing_since_s
-        if not self.is_writer_alive:
-            reason: str | None = "the writer thread has died"
-        elif self._file.damage is not None:
-            reason = f"the database is corrupt and is being replaced: {self._file.damage}"
-        elif self._failure is None and since_s is not None and time.monotonic() - since_s > self.STALLED_S:
-            reason = f"a write has been waiting for the disk for {time.monotonic() - since_s:.0f} s"
-        else:
-            reason = self._failure
-        return StoreHealth(
-            reason, self._file.notice, self._backlog.rows_waiting, self._backlog.rows_dropped, self._rows_rejected
-        )
+    # -- writing: the writer's task ------------------------------------------------------------------------------------
 
-    def _write_and_close(self) -> None:
-        """The writer thread: write until the backlog is closed and empty, then close the file."""
-        self._closed.set_running_or_notify_cancel()  # who waits for it may give up, but not call it off
+    async def _write_forever(self) -> None:
         due_s = -math.inf
-        is_clean = True
-        while is_clean and (batch := self._backlog.take(due_s)) is not None:
-            is_clean = self._commit_stubbornly(batch)
+        while True:
+            await self._is_wanted.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, due_s - time.monotonic())):
+                    await self._is_urgent.wait()
+            self._in_flight = self._take()
+            if not await self._commit_stubbornly(self._in_flight):
+                log.error("rows_lost", rows=self._rows_waiting(), reason=self._failure)
+                return
+            self._settle(self._in_flight)
+            if self._deadline_s < math.inf and not self._is_wanted.is_set():
+                return
             due_s = time.monotonic() + self._commit_interval_s
-        self._reads.put(None)
-        self._reader.join()
-        try:
-            if is_clean:
-                self._file.close()
-        except _STORE_ERRORS as error:
-            is_clean = False
-            log.error("database_close_failed", reason=_cause(error))
-        self._closed.set_result(is_clean)
 
-    def _commit_stubbornly(self, batch: Batch) -> bool:
+    def _take(self) -> Batch:
+        """All records, and of the snapshots the oldest BATCH_SNAPSHOTS."""
+        batch = Batch(
+            devices={device_id: device.row() for device_id, device in self._devices.items()},
+            commands=[command.row() for command in self._commands.values()],
+            events=self._events,
+            waiting=self._waiting,
+        )
+        self._devices, self._commands, self._events, self._waiting = {}, {}, [], []
+        while self._snapshots and len(batch.snapshots) < self.BATCH_SNAPSHOTS:
+            item = self._snapshots.popleft()
+            if isinstance(item, asyncio.Future):
+                batch.waiting.append(item)
+            else:
+                batch.snapshots.append(item)
+        if not self._snapshots:  # a backlog goes on at once
+            self._is_wanted.clear()
+            self._is_urgent.clear()
+        return batch
+
+    def _settle(self, batch: Batch) -> None:
+        """What was taken is in the file."""
+        for row in batch.snapshots:
+            self._snapshot_bytes -= self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"])
+        for waiting in batch.waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        self._in_flight = Batch()
+
+    async def _commit_stubbornly(self, batch: Batch) -> bool:
         """Commit the batch, however long that takes. False where a stop gave up on it."""
         logged_s = -math.inf
         while True:
             self._writing_since_s = time.monotonic()
             try:
-                self._commit(batch)
+                await self._commit(batch)
                 if self._failure is not None:
-                    log.warning("database_writes_resumed", rows_waiting=self._backlog.rows_waiting)
+                    log.warning("database_writes_resumed", rows_waiting=self._rows_waiting())
                 self._failure = None
-                self._backlog.mark_written()
                 return True
-            except (*_STORE_ERRORS, StartError) as error:
+            except (*_STORE_ERRORS, StartError, FileMoved) as error:
                 self._failure = f"can't write the database: {_cause(error)}"
-                if time.monotonic() - logged_s >= self.RELOG_S:
+                if time.monotonic() - logged_s >= 60:
                     logged_s = time.monotonic()
-                    log.error("database_write_failed", reason=_cause(error), rows_waiting=self._backlog.rows_waiting)
+                    log.error("database_write_failed", reason=_cause(error), rows_waiting=self._rows_waiting())
             finally:
                 self._writing_since_s = None
-            if not self._backlog.pause(self.RETRY_S):
-                log.error("rows_lost", rows=self._backlog.rows_waiting, reason=self._failure)
+            if time.monotonic() + self.RETRY_S > self._deadline_s:
                 return False
+            await asyncio.sleep(self.RETRY_S)
 
-    def _commit(self, batch: Batch) -> None:
-        if self._file.make_usable():
-            self._backlog.add_known_devices(batch)
+    async def _commit(self, batch: Batch) -> None:
+        if not self._file.is_open:
+            await self._open_for(batch)
+        if not batch:
+            return
         try:
-            self._file.commit(batch)
+            await self._in_writer(self._file.commit, batch)
+            return
+        except FileMoved:
+            await self._open_for(batch)
+            await self._in_writer(self._file.commit, batch)
+            return
         except sa.exc.StatementError as error:
             if not _is_fault_of_a_row(error):
                 raise
-        else:
-            return
         # Rows of devices that somebody deleted behind our back would be refused for ever.
         owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
-        self._backlog.add_known_devices(batch, owners)
-        refused = self._file.commit_row_by_row(batch)
+        batch.devices = self._device_rows(owners) | batch.devices
+        refused = await self._in_writer(self._file.commit_row_by_row, batch)
         for table, row, reason in refused:
             log.error("row_rejected", table=table, reason=reason, row=repr(row))
             if table == COMMAND_LOGS.name:
-                self._commands_rejected.append(row["command_id"])
+                self._rejected_commands.append(row["command_id"])
         self._rows_rejected += len(refused)
 
-    def _check(self) -> None:
-        self._file.check(lambda: self._backlog.is_closing)
-        if not self._file.is_usable:
-            self._backlog.call_writer()
+    async def _open_for(self, batch: Batch) -> None:
+        """Open the file that there is now, and have the batch bring every device that is known."""
+        await self._open_file()
+        batch.devices = self._device_rows(self._known_devices) | batch.devices
+
+    def _device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
+        return {key: self._known_devices[key].row() for key in device_ids if key in self._known_devices}
+
+    async def _check(self) -> None:
+        is_over = False
+        checking = asyncio.to_thread(self._file.check, lambda: is_over)
+        try:
+            await checking
+        finally:
+            is_over = True
+        if self._file.is_doubted:
+            self._call_writer()
+
+    # -- health --------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether telemetry comes in faster than a healthy disk takes it."""
+        return self._failure is None and self._snapshot_bytes > self.CONGESTED_BYTES
+
+    @property
+    def is_writer_alive(self) -> bool:
+        """Whether the writer's task runs (it does while it waits for a disk that stalls)."""
+        return bool(self._tasks) and not self._tasks[0].done()
+
+    def health(self) -> StoreHealth:
+        """How it goes; never waits."""
+        since_s = self._writing_since_s
+        if not self.is_writer_alive:
+            reason: str | None = "the writer has died"
+        elif self._failure is None and since_s is not None and time.monotonic() - since_s > self.STALLED_S:
+            reason = f"a write has been waiting for the disk for {time.monotonic() - since_s:.0f} s"
+        else:
+            reason = self._failure
+        return StoreHealth(reason, self._file.notice, self._rows_waiting(), self._rows_dropped, self._rows_rejected)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     async def state_history(self, device_id: str, span: HistoryRange) -> list[Row]:
         """Snapshots of a device, newest first, ready to encode."""
-        return await self._read(_newest(SNAPSHOTS, SNAPSHOTS.c.id, SNAPSHOTS.c.timestamp, span, device_id=device_id))
+        return await self._read(self._file.find, SNAPSHOTS, device_id=device_id, **span.filters("timestamp"))
 
     async def connection_history(self, device_id: str, event: str | None, span: HistoryRange) -> list[Row]:
         """Connection events of a device, newest first, ready to encode; `event` None is any."""
-        table = CONNECTION_LOGS
-        return await self._read(_newest(table, table.c.id, table.c.timestamp, span, device_id=device_id, event=event))
+        wanted = {"device_id": device_id} | ({} if event is None else {"event": event})
+        return await self._read(self._file.find, CONNECTION_LOGS, **wanted, **span.filters("timestamp"))
 
     async def command_logs(self, status: str | None, device_type: str | None, span: HistoryRange) -> list[Row]:
         """Command rows, newest first, ready to encode; None is any."""
-        table = COMMAND_LOGS
-        wanted = {"status": status, "device_type": device_type}
-        return await self._read(_newest(table, _COMMAND_ORDER, table.c.created_at, span, **wanted))
+        statement = sa.select(COMMAND_LOGS).order_by(_COMMAND_ORDER.desc()).limit(span.limit)
+        for column, value in ((COMMAND_LOGS.c.status, status), (COMMAND_LOGS.c.device_type, device_type)):
+            if value is not None:
+                statement = statement.where(column == value)
+        if span.since is not None:
+            statement = statement.where(COMMAND_LOGS.c.created_at >= span.since)
+        if span.until is not None:
+            statement = statement.where(COMMAND_LOGS.c.created_at <= span.until)
+        return await self._read(self._file.query, COMMAND_LOGS, statement=statement)
 
     async def command(self, command_id: str) -> Row | None:
         """One command row, ready to encode, or None."""
-        rows = await self._read(sa.select(COMMAND_LOGS).where(COMMAND_LOGS.c.command_id == command_id))
+        rows = await self._read(self._file.find, COMMAND_LOGS, command_id=command_id)
         return rows[0] if rows else None
 
-    async def _read(self, statement: sa.Select[Any]) -> list[Row]:
-        """Run a query in the reader thread, after all that was put so far is in the file.
+    async def _read(self, ask: Callable[..., list[Row]], table: sa.Table, **wanted: Any) -> list[Row]:
+        """Ask in the reader's thread, after all that was put so far is in the file.
 
         Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already.
         """
@@ -1716,44 +1647,52 @@ class Store:
             async with asyncio.timeout(self.READ_TIMEOUT_S):
                 if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
                     raise GatewayError(Code.STORE_UNAVAILABLE, self._failure or "the database is too slow at the moment")
-                answer: Future[list[Row]] = Future()
-                self._reads.put((statement, answer))
-                return await asyncio.wrap_future(answer)
+                async with self._reading:
+                    return await self._ask(functools.partial(ask, table, **wanted))
         except TimeoutError:
             raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
         except _STORE_ERRORS as error:
+            if not self._file.is_open:
+                self._call_writer()
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {_cause(error)}") from None
         finally:
             self._reads_waiting -= 1
 
-    def _read_forever(self) -> None:
-        """The reader thread."""
-        while (read := self._reads.get()) is not None:
-            statement, answer = read
-            if not answer.set_running_or_notify_cancel():
-                continue  # who asked is gone
-            try:
-                answer.set_result(_ready_to_encode(self._file.select(statement)))
-            except Exception as error:  # noqa: BLE001 - it goes to who asked, whatever it is
-                answer.set_exception(error)
-                if not self._file.is_usable:
-                    self._backlog.call_writer()
+    async def _ask(self, question: Callable[[], list[Row]]) -> list[Row]:
+        """Have a question answered; whose asker is gone is broken off, and over before this ends."""
+        answer = asyncio.get_running_loop().run_in_executor(self._reader_thread, question)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            self._file.interrupt()
+            await asyncio.wait((answer,), timeout=1)
+            raise
 
     # -- closing -------------------------------------------------------------------------------------------------------
 
     async def close(self, timeout_s: float) -> bool:
         """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
-        self._backlog.close(time.monotonic() + timeout_s)
-        if not self.is_writer_alive and not self._closed.done():
-            self._reads.put(None)
-            log.error("rows_lost", rows=self._backlog.rows_waiting, reason="the writer thread has died")
-            return False
+        self._deadline_s = time.monotonic() + timeout_s
+        is_clean = self.is_writer_alive
+        self._call_writer()
         try:
             async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
-                return await asyncio.wrap_future(self._closed)
+                await asyncio.wait(self._tasks[:1])
+                is_clean = is_clean and self._tasks[0].exception() is None and not self._rows_waiting()
+                async with self._reading:
+                    await self._in_writer(self._file.close)
         except TimeoutError:
-            log.error("database_close_timeout", rows=self._backlog.rows_waiting, timeout_s=timeout_s)
-            return False
+            is_clean = False
+            log.error("database_close_timeout", rows=self._rows_waiting(), timeout_s=timeout_s)
+        except _STORE_ERRORS as error:
+            is_clean = False
+            log.error("database_close_failed", reason=_cause(error))
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._end_threads()
+        return is_clean
 
 
 # ======================================================================================================================
@@ -2035,7 +1974,7 @@ class Command:
         self.released.set()
 
     def row(self) -> Row:
-        """The command as a row of the table; `response_data` is a copy, for another thread to encode."""
+        """The command as a row of the table."""
         return {
             "command_id": self.command_id,
             "device_type": self.device_type,
@@ -2045,7 +1984,7 @@ class Command:
             "created_at": self.created_at,
             "executed_at": self.executed_at,
             "completed_at": self.completed_at,
-            "response_data": self.answers.copy() or None,
+            "response_data": to_json(self.answers) if self.answers else None,
             "target_device_count": self.target_device_count,
             "success_count": len(self.succeeded),
         }
@@ -2178,32 +2117,31 @@ class Gateway:
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
-    def start(self, restored: Restored) -> None:
-        """Take up what earlier runs left: devices are offline, open commands open again."""
-        now = utc_now()
+    def take_up(self, restored: Restored) -> None:
+        """Know what a file has: its devices, which are offline, and its open commands, which are open again."""
         for row in restored.devices:
-            device = Device(
-                device_id=row["device_id"],
-                device_type=row["device_type"],
-                connected_at=row["connected_at"],
-                metadata=row["metadata_json"],
-                last_heartbeat=row["last_heartbeat"],
-                disconnected_at=row["disconnected_at"],
-                state=row["state"],
-                state_timestamp=row["state_timestamp"],
-            )
-            self.registry.restore(device)
-            if row["is_online"] or row["last_event"] == CONNECTED:
-                device.disconnected_at = now
-                self._save_device(device)
-                self._log_event(device, DISCONNECTED, {"reason": "the gateway ended without saying goodbye"}, now)
+            device = self.registry.find(row["device_id"])
+            if device is None:
+                device = Device(
+                    device_id=row["device_id"],
+                    device_type=row["device_type"],
+                    connected_at=row["connected_at"],
+                    last_heartbeat=row["last_heartbeat"],
+                    disconnected_at=row["disconnected_at"],
+                    state=row["state"],
+                    state_timestamp=row["state_timestamp"],
+                    metadata=row["metadata_json"],
+                )
+                self.registry.restore(device)
+                self._store.know_device(device.device_id, device)
         for row in restored.commands:
-            command = Command.restore(row, self._settings.command_timeout_s)
-            self.commands.restore(command)
-            if command.is_open:
-                self._expire_later(command, command.timeout_s)
+            if self.commands.find(row["command_id"]) is None:
+                command = Command.restore(row, self._settings.command_timeout_s)
+                self.commands.restore(command)
+                if command.is_open:
+                    self._expire_later(command, command.timeout_s)
         if restored.devices or restored.commands:
-            log.info("restored", devices=len(self.registry), open_commands=len(self.commands))
+            log.info("restored", devices=len(restored.devices), open_commands=len(self.commands))
 
     async def stop(self) -> None:
         """Take no more commands, log every board off and close its connection with 1001. Bounded by STOP_TIMEOUT_S."""
@@ -2290,7 +2228,7 @@ class Gateway:
 
     def _save_device(self, device: Device, *, urgent: bool = True) -> None:
         device.saved_s = time.monotonic()
-        self._store.put_device(device.row(), urgent=urgent)
+        self._store.put_device(device.device_id, device, urgent=urgent)
 
     # -- what boards say -----------------------------------------------------------------------------------------------
 
@@ -2401,7 +2339,7 @@ class Gateway:
             self._expire_later(command, self.PERSIST_TIMEOUT_S + command.timeout_s)
         else:
             command.conclude(NO_DEVICES)
-        command.is_persisted = await self._store.commit_command(command.row(), command.content_bytes, self.PERSIST_TIMEOUT_S)
+        command.is_persisted = await self._store.commit_command(command.command_id, command, self.PERSIST_TIMEOUT_S)
         if targets:
             await self._send_command(command, frame, targets)
         log.info(
@@ -2456,8 +2394,7 @@ class Gateway:
         self._save_command(command)
 
     def _save_command(self, command: Command) -> None:
-        if not self._store.put_command(command.row(), command.content_bytes):
-            self.repeats.warning("command_row_dropped", "", command_id=command.command_id)
+        self._store.put_command(command.command_id, command)
 
     def _expire_later(self, command: Command, delay_s: float) -> None:
         if command.expiry is not None:
@@ -2480,6 +2417,8 @@ class Gateway:
 
     def sweep(self) -> None:
         """About once a second: give up boards that broke their promise, save what activity is due, log the repeats."""
+        if (restored := self._store.take_restored()) is not None:
+            self.take_up(restored)
         now_s = time.monotonic()
         for device in self.registry.matching(is_online=True):
             connection = device.connection
@@ -3399,9 +3338,10 @@ def build_app(settings: Settings) -> web.Application:
     app.add_routes(rest.routes())
 
     async def run_store(_: web.Application) -> AsyncIterator[None]:
-        restored = store.open()  # nobody is served yet, so nobody waits for this disk access
+        await store.open()
         try:
-            gateway.start(restored)
+            if (restored := store.take_restored()) is not None:
+                gateway.take_up(restored)
             yield
         finally:
             is_clean = await store.close(STORE_CLOSE_TIMEOUT_S)

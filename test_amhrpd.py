@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -1560,31 +1561,53 @@ async def test_tables_are_the_contracts(database: Path) -> None:
         assert client.rows("SELECT is_online, disconnected_at, metadata_json FROM devices") == [(1, None, "{}")]
         assert client.rows("SELECT response_data IS NULL FROM command_logs") == [(1,)]
         assert client.rows("PRAGMA journal_mode") == [("wal",)]
-        connection = client.store._file._database.engine.connect()
-        with connection:
-            assert connection.execute(sa.text("PRAGMA foreign_keys")).scalar() == 1
-            assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 1
+        with executed() as statements:
+            await client.get("/command-logs")
+        (connection,) = {statement.connection for statement in statements}
+        assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """A statement that the daemon gave to SQLite."""
+
+    sql: str
+    thread: str
+    connection: sqlite3.Connection
+
+
+@contextlib.contextmanager
+def executed() -> Iterator[list[Executed]]:
+    """What is given to SQLite meanwhile, by whatever engine."""
+    statements: list[Executed] = []
+
+    def note(connection: sa.Connection, cursor: Any, sql: str, *_: Any) -> None:
+        statements.append(Executed(sql, threading.current_thread().name, cursor.connection))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
 @in_a_loop
 async def test_every_query_goes_by_an_index_and_every_index_has_a_query(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a"):
-        statements: list[str] = []
-        engine = client.store._file._database.engine
-
-        def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
-            if statement.lstrip().upper().startswith("SELECT"):
-                statements.append(statement)
-
-        sa.event.listen(engine, "before_cursor_execute", note)
-        await client.get("/state-history/a?since=2026-01-01&until=2027-01-01&before_id=9")
-        await client.get("/device-connection-history/a?since=2026-01-01&event=connected")
-        await client.get("/command-logs")
-        await client.get("/command-logs?status=sent")
-        await client.get("/command-logs?device_type=ESP32")
-        await client.get("/command-logs?status=sent&device_type=ESP32")
-        await client.get("/command-logs/x", 404)
-        sa.event.remove(engine, "before_cursor_execute", note)
+        with executed() as all_statements:
+            await client.get("/state-history/a")  # dataset has looked at the tables
+            await client.get("/device-connection-history/a")
+            await client.get("/command-logs/x", 404)
+            all_statements.clear()
+            await client.get("/state-history/a?since=2026-01-01&until=2027-01-01&before_id=9")
+            await client.get("/device-connection-history/a?since=2026-01-01&event=connected")
+            await client.get("/command-logs")
+            await client.get("/command-logs?status=sent")
+            await client.get("/command-logs?device_type=ESP32")
+            await client.get("/command-logs?status=sent&device_type=ESP32")
+            await client.get("/command-logs/x", 404)
+        statements = [statement.sql for statement in all_statements if statement.sql.lstrip().upper().startswith("SELECT")]
         assert len(statements) == 7
         used = ""
         for statement in statements:
@@ -1601,13 +1624,13 @@ async def test_every_query_goes_by_an_index_and_every_index_has_a_query(database
 @in_a_loop
 async def test_live_answers_never_touch_the_database(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a"):
-        client.store._file._swap.acquire()  # the reader is shut out
-        try:
+        await client.get("/command-logs")  # nothing waits any more
+        with executed() as statements:
             for path in ("/health", "/devices", "/devices/a"):
-                async with asyncio.timeout(2):
-                    await client.get(path)
-        finally:
-            client.store._file._swap.release()
+                await client.get(path)
+            assert statements == []
+            await client.get("/command-logs")
+            assert statements != []
 
 
 # ======================================================================================================================
@@ -1819,27 +1842,22 @@ async def test_watchdog_stops_when_the_loop_is_blocked(database: Path, tmp_path:
             await eventually(lambda: systemd.heard_since(count, "WATCHDOG=1"))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is what is provoked here
 @in_a_loop
-async def test_watchdog_stops_when_the_writer_thread_has_died(
-    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ctypes
+async def test_watchdog_stops_when_the_writer_has_died(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
 
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
     with NotifySocket(str(tmp_path / "notify")) as systemd:
         async with gateway_on(database, exit_code=1) as client:
             await eventually(lambda: systemd.heard_since(0, "WATCHDOG=1"))
-            writer = client.store._writer
-            assert (
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(writer.ident or 0), ctypes.py_object(SystemExit)) == 1
-            )
-            client.store._backlog.call_writer()
-            await eventually(lambda: not writer.is_alive())
+            monkeypatch.setattr(amhrpd.DatabaseFile, "commit", fail)
+            await client.post("/command?device_type=none&command_name=x")
+            await eventually(lambda: health_is(client, 503))
             count = len(systemd.listen())
             health = await client.get("/health", 503)
-            assert (health["status"], health["database"]) == ("degraded", "the writer thread has died")
+            assert (health["status"], health["database"]) == ("degraded", "the writer has died")
             async with client.board("a") as board, background(answer_commands(board)):  # and the robot still obeys
                 answer = await client.post("/command?device_type=ESP32&command_name=stop&wait=5")
                 assert (answer["status"], answer["persisted"]) == ("ack_success", False)
@@ -1937,10 +1955,12 @@ async def test_journal_lines_bear_their_priority_and_are_one_each(database: Path
 @in_a_loop
 async def test_inherited_journal_stream_makes_no_journal_of_a_file(database: Path) -> None:
     async with process_on(database, JOURNAL_STREAM="8:12345") as (process, _):
+        await eventually(lambda: process.log)
         assert json.loads(process.log.splitlines()[0])["event"] == "listening"
     code = f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; "
     code += "s = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{s.st_dev}:{s.st_ino}'; sys.exit(amhrpd.main([]))"
     async with process_on(database, code=code) as (process, _):
+        await eventually(lambda: process.log)
         assert process.log.startswith("<6>listening "), process.log
 
 
@@ -2110,8 +2130,6 @@ async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> Non
         limit += f"sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
         async with process_on(database, code=limit) as (process, client):
             assert "the database" in (await client.get("/health", 503))["database"]
-            known = [device["device_id"] for device in (await client.get("/devices"))["devices"]]
-            assert known == ([] if left == "nothing" else ["a"])
             async with client.board("b") as board, background(answer_commands(board)):
                 answer = await client.post("/command?device_id=b&command_name=stop&wait=5")
                 assert (answer["status"], answer["persisted"]) == ("ack_success", False)
@@ -2119,6 +2137,8 @@ async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> Non
                 await eventually(lambda: health_is(client, 200))
                 assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
                 assert await client.events("b") == ["connected"]
+                known = {"a", "b"} if left == "a clean stop" else {"b"}
+                await eventually(lambda: knows(client, known))
                 assert ("corrupt" in str(await notice(client))) == (left == "damage")
                 if left == "a clean stop":
                     assert (await client.get("/state-history/a?limit=1000"))["total"] == 300
@@ -2131,6 +2151,10 @@ async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> Non
     await fill(databases["damage"], 300)
     spoil(databases["damage"], 20)
     await asyncio.gather(*(start_on(database, left) for left, database in databases.items()))
+
+
+async def knows(client: Client, device_ids: set[str]) -> bool:
+    return {device["device_id"] for device in (await client.get("/devices"))["devices"]} == device_ids
 
 
 @in_a_loop
@@ -2150,24 +2174,9 @@ async def test_slow_disk_holds_a_command_up_for_a_second_at_most(database: Path)
 
 
 @in_a_loop
-async def test_limits_hold_for_any_language(database: Path) -> None:
-    """What a text takes is counted the same before it is written and after, when Python keeps its UTF-8 with it."""
-    async with gateway_on(database) as client, client.board("a", metadata={"name": "Wohnzimmer 😀"}) as board:
-        for n in range(3):
-            await say(board, "status", payload={"n": n, "text": "ä€😀" * 1000})
-        await eventually(lambda: in_state(client, "a"))
-        await client.get("/state-history/a")
-        assert client.store._backlog._cost_bytes == 0
-        await say(board, "registration", device_type="ESP32", metadata={})
-        await say(board, "status", payload={})
-        await eventually(lambda: state_is(client, "a", {}))
-        assert client.gateway.registry._content_bytes == 2 * amhrpd.memory_bytes("{}")
-
-
-@in_a_loop
 async def test_long_commit_interval_costs_no_snapshot(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Backlog, "CONGESTED_BYTES", 100_000)
-    monkeypatch.setattr(amhrpd.Backlog, "TELEMETRY_LIMIT_BYTES", 1_000_000)
+    monkeypatch.setattr(amhrpd.Store, "CONGESTED_BYTES", 100_000)
+    monkeypatch.setattr(amhrpd.Store, "TELEMETRY_LIMIT_BYTES", 1_000_000)
     async with contextlib.AsyncExitStack() as stack, gateway_on(database, commit_interval_s=3600) as client:
         boards = [await stack.enter_async_context(client.board(f"b{number}")) for number in range(60)]
         for number, board in enumerate(boards):
@@ -2194,15 +2203,14 @@ async def test_slow_disk_makes_no_timeout_of_what_was_not_sent(database: Path) -
 @in_a_loop
 async def test_slow_question_about_history_holds_up_no_command(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
-        engine = client.store._file._database.engine
         is_reading, may_end = threading.Event(), threading.Event()
 
         def linger(*_: Any) -> None:
-            if threading.current_thread().name == "store-reader":
+            if threading.current_thread().name.startswith("store-reader"):
                 is_reading.set()
                 may_end.wait(PATIENCE_S)
 
-        sa.event.listen(engine, "before_cursor_execute", linger)
+        sa.event.listen(sa.Engine, "before_cursor_execute", linger)
         reading = asyncio.create_task(client.get("/state-history/a"))
         try:
             await eventually(is_reading.is_set)
@@ -2210,13 +2218,15 @@ async def test_slow_question_about_history_holds_up_no_command(database: Path) -
             assert (answer["status"], answer.get("persisted", True)) == ("ack_success", True)
         finally:
             may_end.set()
-        assert (await reading)["total"] == 0
+            found = await reading
+            sa.event.remove(sa.Engine, "before_cursor_execute", linger)
+        assert found["total"] == 0
 
 
 @in_a_loop
 async def test_stop_waits_for_a_disk_that_stalls_for_a_while(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.1)
-    monkeypatch.setitem(amhrpd._DATASET_OPTIONS["engine_kwargs"]["connect_args"], "timeout", 0.1)
+    monkeypatch.setattr(amhrpd.DatabaseFile, "LOCK_TIMEOUT_S", 0.1)
     with disk_that_stalls_later(database) as stall:
 
         async def let_go() -> None:
@@ -2238,7 +2248,7 @@ async def test_stop_before_a_disk_that_stalls_is_bounded_and_says_what_is_lost(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(amhrpd, "STORE_CLOSE_TIMEOUT_S", 0.5)
-    monkeypatch.setitem(amhrpd._DATASET_OPTIONS["engine_kwargs"]["connect_args"], "timeout", 0.1)
+    monkeypatch.setattr(amhrpd.DatabaseFile, "LOCK_TIMEOUT_S", 0.1)
     with logged() as events, disk_that_stalls_later(database) as stall:
         async with gateway_on(database, exit_code=1) as client, client.board("a") as board:
             stall()
@@ -2254,7 +2264,7 @@ async def test_stop_before_a_disk_that_stalls_is_bounded_and_says_what_is_lost(
 async def test_memory_for_a_disk_that_stays_away_is_bounded_and_dropping_is_counted(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amhrpd.Backlog, "TELEMETRY_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(amhrpd.Store, "TELEMETRY_LIMIT_BYTES", 100_000)
     async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
         with disk_that_stalls(database):
             for n in range(300):
@@ -2380,27 +2390,30 @@ async def test_replacement_that_fails_moves_one_file_aside(database: Path, monke
     await fill(database, 300)
     monkeypatch.setattr(amhrpd.DatabaseFile, "CHECKED_AT_START_BYTES", 0)
     spoil(database, 20)
-    migrate, calls = amhrpd.DatabaseFile._migrate, 0
+    calls = 0
 
-    def migrate_at_the_fourth(self: amhrpd.DatabaseFile, engine: sa.Engine) -> None:
+    def fail_at_first(connection: Any, cursor: Any, sql: str, *_: Any) -> None:
         nonlocal calls
-        calls += 1
-        if 1 < calls < 4:  # the first is the start's
-            raise sa.exc.OperationalError("", {}, sqlite3.OperationalError("database or disk is full"))
-        migrate(self, engine)
+        if sql.lstrip().startswith("CREATE TABLE devices"):
+            calls += 1
+            if calls < 3:
+                raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(amhrpd.DatabaseFile, "_migrate", migrate_at_the_fourth)
     monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.05)
-    async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
-        await eventually(lambda: notice(client))
-        answer = await client.post("/command?device_id=b&command_name=x&wait=5")
-        assert answer["status"] == "ack_success"
-        await eventually(lambda: health_is(client, 200))
-        assert calls == 4
-        (aside,) = database.parent.glob("amhrpd.db.corrupt-*Z")
-        assert str(aside) in await notice(client)
-        assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
-        assert client.rows("SELECT device_id FROM devices ORDER BY device_id") == [("a",), ("b",)]
+    sa.event.listen(sa.Engine, "before_cursor_execute", fail_at_first)
+    stack = contextlib.ExitStack()
+    stack.callback(sa.event.remove, sa.Engine, "before_cursor_execute", fail_at_first)
+    with stack:
+        async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
+            await eventually(lambda: notice(client))
+            answer = await client.post("/command?device_id=b&command_name=x&wait=5")
+            assert answer["status"] == "ack_success"
+            await eventually(lambda: health_is(client, 200))
+            assert calls == 3
+            (aside,) = database.parent.glob("amhrpd.db.corrupt-*Z")
+            assert str(aside) in await notice(client)
+            assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
+            assert client.rows("SELECT device_id FROM devices ORDER BY device_id") == [("a",), ("b",)]
 
 
 @in_a_loop
@@ -2575,7 +2588,11 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
     async with gateway_on(database) as client, client.board("a") as board:
         await client.get("/state-history/a")
         commits: list[Any] = []
-        sa.event.listen(client.store._file._database.engine, "commit", commits.append)
+
+        def note(connection: Any) -> None:
+            commits.append(connection)
+
+        sa.event.listen(sa.Engine, "commit", note)
         for _ in range(50):
             await say(board, "heartbeat")
         await say(board, "reboot")  # its refusal tells that all were handled
@@ -2588,6 +2605,7 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
         client.gateway.sweep()
         await eventually(lambda: client.rows("SELECT last_heartbeat FROM devices") != stored)
         assert len(commits) == 1
+        sa.event.remove(sa.Engine, "commit", note)
 
 
 # ======================================================================================================================
