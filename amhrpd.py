@@ -548,7 +548,7 @@ def memory_bytes(text: JsonText | None) -> int:
 
 def utc_now() -> datetime:
     """The gateway's wall clock: naive, UTC, as the store keeps it. For records only; durations use the monotonic clock."""
-    return naive_utc(datetime.now(UTC))
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def naive_utc(moment: datetime) -> datetime:
@@ -1505,7 +1505,9 @@ class Store:
                 batch.waiting.append(item)
             else:
                 batch.snapshots.append(item)
-        if not self._snapshots:  # a backlog goes on at once
+        if self._snapshots:  # a backlog goes on at once
+            self._is_urgent.set()
+        else:
             self._is_wanted.clear()
             self._is_urgent.clear()
         return batch
