@@ -63,7 +63,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar, get_args
 
 import aiohttp
 import dataset
@@ -190,47 +190,88 @@ def variable_of(field: str) -> str:
     return "DATABASE_URL" if field == "database_url" else "AMHRPD_" + field.removesuffix("_s").upper()
 
 
-ANY_TEXT = "a text"
+def base_type(kind: Any) -> Any:
+    """What a type is when it isn't None, without its metadata: one of msgspec.inspect's types."""
+    info = msgspec.inspect.type_info(kind)
+    while isinstance(info, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
+        info = info.type if isinstance(info, msgspec.inspect.Metadata) else info.types[0]
+    return info
+
+
+def metadata_of(kind: Any, key: str) -> str | None:
+    """A type's `title` or `description`, also where the type is optional."""
+    info = msgspec.inspect.type_info(kind)
+    while isinstance(info, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
+        if isinstance(info, msgspec.inspect.Metadata):
+            if key in (info.extra_json_schema or {}):
+                return str((info.extra_json_schema or {})[key])
+            info = info.type
+        else:
+            info = info.types[0]
+    return None
 
 
 def requirement(kind: Any) -> str:
     """What a value of a type may be, in words that follow "it must be"."""
-    kind_info, title = msgspec.inspect.type_info(kind), None
-    while isinstance(kind_info, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
-        if isinstance(kind_info, msgspec.inspect.Metadata):
-            title = title or (kind_info.extra_json_schema or {}).get("title")
-            kind_info = kind_info.type
-        else:
-            kind_info = kind_info.types[0]  # what it is when it isn't None
-    match kind_info:
-        case msgspec.inspect.IntType():
-            return f"a whole number from {kind_info.ge} to {kind_info.le}"
+    if (title := metadata_of(kind, "title")) is not None:
+        return title
+    match info := base_type(kind):
+        case msgspec.inspect.IntType(ge=int(), le=int()):
+            return f"a whole number from {info.ge} to {info.le}"
+        case msgspec.inspect.FloatType(ge=int() | float(), le=int() | float()):
+            return f"a number from {info.ge:g} to {info.le:g}"
         case msgspec.inspect.FloatType():
-            return f"a number from {kind_info.ge:g} to {kind_info.le:g}"
+            return "a number"
         case msgspec.inspect.LiteralType():
-            return f"one of {', '.join(map(str, kind_info.values))}"
+            return f"one of {', '.join(map(str, info.values))}"
+        case msgspec.inspect.StrType(min_length=int(), max_length=int()):
+            return f"a text of {info.min_length} to {info.max_length} characters"
+        case msgspec.inspect.DictType():
+            return "a JSON object"
         case _:
-            return title or ANY_TEXT
+            return "a text"
+
+
+def wrong_value(name: str | None, value: object, kind: Any) -> str:
+    """What is wrong with a value: "wait is 99: it must be a number from 0 to 60"."""
+    shown = msgspec.json.encode(value).decode() if isinstance(value, dict | list | bool | None) else repr(value)
+    return f"{name} is {shown if len(shown) <= 80 else shown[:80] + '…'}: it must be {requirement(kind)}"
+
+
+def from_text(text: str, kind: Any) -> Any:
+    """What a setting or a query parameter, which are texts, stands for as a value of a type; where nothing, the text."""
+    with contextlib.suppress(ValueError, OverflowError):
+        match base_type(kind):
+            case msgspec.inspect.IntType() | msgspec.inspect.FloatType() if re.fullmatch("[0-9]{1,20}", text):
+                return int(text)
+            case msgspec.inspect.FloatType() if math.isfinite(value := float(text)):
+                return value
+            case msgspec.inspect.CustomType():
+                return Path(text)
+            case msgspec.inspect.DateTimeType():  # a `+` that nobody escaped arrives as a space
+                return naive_utc(datetime.fromisoformat(re.sub(r"(:.*) (\d\d:?\d\d)$", r"\1+\2", text.upper())))
+    return text
 
 
 def help_of(kind: Any) -> str:
-    """What a setting of this type is for and, where its numbers or words are limited, what it may be."""
-    description = (msgspec.inspect.type_info(kind).extra_json_schema or {})["description"]  # type: ignore[attr-defined]
-    return f"{description}; {wanted}" if (wanted := requirement(kind)) != ANY_TEXT else description
+    """What a setting of this type is for and what it may be."""
+    return f"{metadata_of(kind, 'description')}; {requirement(kind)}"
 
 
 def convert_setting(source: str, text: str, kind: Any) -> Any:
     """The value that `text`, which comes from `source`, stands for as a setting of type `kind`. Raises ConfigError."""
-    wanted = requirement(kind)
-    # Numbers come as text. Elsewhere leniency would take the token `null` for none at all.
-    is_strict = "number" not in wanted
+    is_choice = isinstance(base_type(kind), msgspec.inspect.LiteralType)
     try:
-        return msgspec.convert(
-            text.lower() if "one of" in wanted else text, kind, strict=is_strict, dec_hook=lambda to, value: to(value)
-        )
+        return msgspec.convert(from_text(text.lower() if is_choice else text, kind), kind)
     except msgspec.ValidationError:
-        shown = "(hidden)" if "TOKEN" in source else repr(text)
-        raise ConfigError(f"{source} is {shown}: it must be {wanted}") from None
+        if "TOKEN" in source:
+            raise ConfigError(f"{source} is (hidden): it must be {requirement(kind)}") from None
+        raise ConfigError(wrong_value(source, text, kind)) from None
+
+
+def naive_utc(moment: datetime) -> datetime:
+    """A moment as the store keeps it; one without a zone is taken as UTC."""
+    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
 
 
 def normal_origin(origin: str) -> str:
@@ -390,16 +431,12 @@ MAX_JSON_DEPTH = 32
 # Contract, section 1: the boards' WebSocket library closes with 1009 on anything longer.
 MAX_COMMAND_FRAME_BYTES = 15_360
 
-MAX_REFUSAL_CHARACTERS = 300  # a reply says it twice, and must stay far below what a board takes
-
-MAX_COMMAND_TIMEOUT_S = 300  # contract, section 6
-MAX_COMMAND_WAIT_S = 60  # contract, section 6
-
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._-]{1,64}"  # contract, section 2
 
 DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50)]
 CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
-DeviceId = Annotated[str, msgspec.Meta(pattern=rf"\A{DEVICE_ID_PATTERN}\Z")]
+DeviceId = Annotated[str, msgspec.Meta(pattern=rf"\A{DEVICE_ID_PATTERN}\Z", title="1 to 64 of A-Z a-z 0-9 . _ -")]
+Moment = Annotated[datetime, msgspec.Meta(title="an ISO 8601 time such as 2026-01-24T10:30:45Z")]
 
 
 class BoardMessage(msgspec.Struct, tag_field="message_type", gc=False, kw_only=True):
@@ -424,14 +461,11 @@ class Status(BoardMessage, tag="status"):
     payload: dict[str, Any]
 
 
-AckStatus = Literal["success", "failure", "error", "timeout"]  # contract, section 2
-
-
 class CommandAck(BoardMessage, tag="command_ack"):
     """The answer to a command; `execution_time` in seconds. A status that is absent or null means success."""
 
     command_id: str
-    status: AckStatus | None = None
+    status: Literal["success", "failure", "error", "timeout"] | None = None
     payload: dict[str, Any] | None = None
     execution_time: float | None = None
 
@@ -452,34 +486,42 @@ class Alert(BoardMessage, tag="alert"):
 
 
 AnyBoardMessage = Registration | Heartbeat | Status | CommandAck | ErrorReport | Alert
-
-_board_decoder = msgspec.json.Decoder(AnyBoardMessage)
-json_decoder = msgspec.json.Decoder()
-_encoder = msgspec.json.Encoder()
+BOARD_MESSAGES: Mapping[str, type[BoardMessage]] = {str(kind.__struct_config__.tag): kind for kind in get_args(AnyBoardMessage)}
 
 
 class CommandRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """`POST /command`, whatever form it came in. `timeout` and `wait` in seconds (contract, section 6)."""
+    """`POST /command`, whatever form it came in (contract, section 6). `timeout` and `wait` in seconds; None is left out."""
 
     command_name: CommandName
     device_type: DeviceType | None = None
     device_id: DeviceId | None = None
     payload: dict[str, Any] | None = None
-    timeout: Annotated[float, msgspec.Meta(ge=1, le=MAX_COMMAND_TIMEOUT_S)] | None = None
-    wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_COMMAND_WAIT_S)] = 0
+    timeout: Annotated[float, msgspec.Meta(ge=1, le=300)] | None = None
+    wait: Annotated[float, msgspec.Meta(ge=0, le=60)] | None = None
+
+
+board_decoder = msgspec.json.Decoder(AnyBoardMessage)
+json_decoder = msgspec.json.Decoder()
+json_encoder = msgspec.json.Encoder()
+AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 
 
 def decode_board_message(data: bytes) -> AnyBoardMessage:
-    """Decode and validate one text frame of a board.
-
-    Raises INVALID_MESSAGE, UNKNOWN_MESSAGE_TYPE, MISSING_REQUIRED_FIELD, INVALID_FIELD_TYPE or INVALID_FIELD_VALUE.
-    """
+    """Decode and validate one text frame of a board. Raises GatewayError."""
+    data = without_padding(data)
     try:
         data.decode()  # the decoder below doesn't look into keys that it skips
-        message: AnyBoardMessage = _board_decoder.decode(data)
+        message: AnyBoardMessage = board_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _refusal(error) from None
-    _check_depth(data)
+        values = decode_json(data) if isinstance(error, msgspec.ValidationError) else None
+        tag = values.get("message_type") if isinstance(values, dict) else None
+        if isinstance(error, msgspec.ValidationError) and isinstance(tag, str) and tag not in BOARD_MESSAGES:
+            known = ", ".join(BOARD_MESSAGES)
+            raise GatewayError(
+                Code.UNKNOWN_MESSAGE_TYPE, f"unknown message_type {tag[:64]!r}: it must be one of {known}"
+            ) from None
+        raise explained(error, values, BOARD_MESSAGES.get(str(tag), BoardMessage)) from None
+    check_depth(data)
     if isinstance(message, Registration):
         extras = decode_json(data)
         for key in ("message_type", "device_type", "device_id", "timestamp", "metadata"):
@@ -492,16 +534,20 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
 def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
     """Make one request of what the query and the body of `POST /command` say, in both forms of the contract's section 6.
 
-    Raises INVALID_MESSAGE, MISSING_REQUIRED_FIELD, INVALID_FIELD_TYPE or INVALID_FIELD_VALUE.
+    Raises GatewayError.
     """
-    fields: dict[str, Any] = dict(query)
+    kinds = {field.name: field.type for field in msgspec.structs.fields(CommandRequest)}
+    fields: dict[str, Any] = {name: from_text(text, kinds[name]) for name, text in query.items()}
     if "payload" in query:
         try:
             fields["payload"] = decode_json(query["payload"].encode())
         except GatewayError as error:
             raise GatewayError(error.code, f"payload in the query: {error}") from None
-    if body.strip():
-        content = decode_json(body)
+    if body := without_padding(body):
+        try:
+            content = decode_json(body)
+        except GatewayError as error:
+            raise GatewayError(error.code, f'the body is {error}. It must be JSON, such as {{"count": 5}}') from None
         if "command_name" in query and ("device_type" in query or "device_id" in query):
             content = {"payload": content}
         if not isinstance(content, dict):
@@ -509,28 +555,87 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
         if twice := sorted(fields.keys() & content.keys()):
             raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(twice)}: given in the query and in the body")
         fields |= content
-    try:
-        request = msgspec.convert(fields, CommandRequest, strict=False)
-    except msgspec.ValidationError as error:
-        raise _refusal(error) from None
+    request = convert_fields(fields, CommandRequest)
     if request.device_type is None and request.device_id is None:
         raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` (or `device_id`)")
     return request
 
 
+def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct]) -> AnyStruct:
+    """A struct of values that are decoded already. Raises GatewayError."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise explained(error, values, kind) from None
+
+
 def decode_json(data: bytes) -> Any:
-    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises a GatewayError."""
+    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises GatewayError."""
     try:
         value = json_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _refusal(error) from None
-    _check_depth(data)
+        raise explained(error, None, msgspec.Struct) from None
+    check_depth(data)
     return value
+
+
+def without_padding(data: bytes) -> bytes:
+    """Text without a byte order mark in front, and without blanks and NUL bytes behind: Arduino sketches send whole buffers."""
+    return data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\0 \t\r\n")
+
+
+def explained(error: Exception, values: Any, kind: type[msgspec.Struct]) -> GatewayError:
+    """What the JSON library found wrong with `values`, which should have been a `kind`, in the gateway's own words."""
+    if isinstance(error, UnicodeDecodeError):
+        return GatewayError(Code.INVALID_MESSAGE, f"not valid UTF-8: byte 0x{error.object[error.start]:02x}")
+    if isinstance(error, RecursionError):
+        return GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
+    if not isinstance(error, msgspec.ValidationError):
+        return GatewayError(Code.INVALID_MESSAGE, f"not valid JSON: {str(error).partition(' (')[0]}")
+    reason, _, path = str(error).partition(" - at `$")
+    kinds = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    name = path.strip(".`")
+    if "missing required field" in reason:
+        return GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field {reason.rpartition(' ')[2]}")
+    if "unknown field" in reason:
+        unknown = reason.partition("`")[2].rstrip("`")[:64]
+        return GatewayError(Code.INVALID_FIELD_VALUE, f"unknown {unknown!r}; known here: {', '.join(kinds) or 'nothing'}")
+    if "out of range" in reason:
+        return GatewayError(Code.INVALID_FIELD_VALUE, f"{name[:64] or 'a number'} is out of range")
+    if not isinstance(values, Mapping):
+        return GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
+    if name == "message_type":
+        return GatewayError(Code.INVALID_FIELD_TYPE, wrong_value(name, values[name], str))
+    if name in kinds:
+        is_type = ", got `" in reason and not isinstance(values[name], str)
+        is_type |= isinstance(values[name], str) and not isinstance(base_type(kinds[name]), TEXT_TYPES)
+        code = Code.INVALID_FIELD_TYPE if is_type else Code.INVALID_FIELD_VALUE
+        return GatewayError(code, wrong_value(name, values[name], kinds[name]))
+    where = f"{name[:64]}: " if name else ""
+    return GatewayError(Code.INVALID_FIELD_VALUE, f"{where}{reason[:100].lower()}")
+
+
+TEXT_TYPES = (msgspec.inspect.StrType, msgspec.inspect.LiteralType)
+_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+def check_depth(data: bytes) -> None:
+    """Raise GatewayError for JSON that is nested deeper than MAX_JSON_DEPTH."""
+    if data.count(b"{") + data.count(b"[") <= MAX_JSON_DEPTH:
+        return  # what every real message comes to, at a fraction of the price
+    depth = 0
+    for byte in _JSON_STRING.sub(b"", data):
+        if byte in b"{[":
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                raise GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
+        elif byte in b"}]":
+            depth -= 1
 
 
 def to_json(value: object) -> JsonText:
     """Encode a value of decoded JSON, structs and `msgspec.Raw` as compact JSON text."""
-    return _encoder.encode(value).decode()
+    return json_encoder.encode(value).decode()
 
 
 def raw(text: JsonText) -> msgspec.Raw:
@@ -551,150 +656,63 @@ def utc_now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
-def naive_utc(moment: datetime) -> datetime:
-    """A moment as the store keeps it; one without a zone is taken as UTC."""
-    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
 def format_time(moment: datetime | None) -> str | None:
     """`2026-01-24T10:30:45.123456`, always six digits; None stays None."""
     return None if moment is None else moment.isoformat(timespec="microseconds")
-
-
-def _refusal(error: Exception) -> GatewayError:
-    """The contract's error for what the JSON library said about a message; it may quote the message at any length."""
-    text = str(error)
-    if len(text) > MAX_REFUSAL_CHARACTERS:
-        half = MAX_REFUSAL_CHARACTERS // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    if isinstance(error, UnicodeDecodeError):
-        return GatewayError(Code.INVALID_MESSAGE, f"not valid UTF-8: byte 0x{error.object[error.start]:02x}")
-    if isinstance(error, RecursionError):
-        return GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
-    if not isinstance(error, msgspec.ValidationError):
-        return GatewayError(Code.INVALID_MESSAGE, f"not valid JSON: {text}")
-    if text.startswith("Object missing required field"):
-        return GatewayError(Code.MISSING_REQUIRED_FIELD, text.replace("Object missing", "missing", 1))
-    if "`$" not in text:
-        return (
-            GatewayError(Code.INVALID_FIELD_VALUE, text)
-            if "unknown field" in text
-            else GatewayError(Code.INVALID_MESSAGE, f"not a JSON object: {text}")
-        )
-    if text.startswith("Invalid value") and text.endswith("`$.message_type`"):
-        return GatewayError(Code.UNKNOWN_MESSAGE_TYPE, text.replace("Invalid value", "unknown message_type", 1))
-    if text.startswith("Invalid enum value"):
-        return GatewayError(Code.INVALID_FIELD_VALUE, f"{text}: it must be one of {', '.join(get_args(AckStatus))}")
-    if ", got `" in text or text.startswith("Expected `str` - at"):
-        return GatewayError(Code.INVALID_FIELD_TYPE, text)
-    return GatewayError(Code.INVALID_FIELD_VALUE, text)
-
-
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-
-
-def _check_depth(data: bytes) -> None:
-    if data.count(b"{") + data.count(b"[") <= MAX_JSON_DEPTH:
-        return  # what every real message comes to, at a fraction of the price
-    depth = 0
-    for byte in _JSON_STRING.sub(b"", data):
-        if byte in b"{[":
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
-        elif byte in b"}]":
-            depth -= 1
 
 
 # ======================================================================================================================
 # Store
 # ======================================================================================================================
 
-# -- tables: the columns of the databases in the field (contract, section 7) -------------------------------------------
-
-
-def _read_moment(stored: object) -> datetime | None:
-    try:
-        return naive_utc(datetime.fromisoformat(stored))  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-class _SqliteMoment(sqlite.DATETIME):
-    """SQLite keeps a time as text, and a file in the field may hold any: what is no time reads as none."""
-
-    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Callable[[object], datetime | None]:
-        """What SQLAlchemy calls for every stored value."""
-        return _read_moment
-
-
-class _Json(sa.types.UserDefinedType[str]):
-    """JSON comes as text, encoded where it came in, and goes as text. None is NULL."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        """The column's type in SQL."""
-        return "JSON"
-
-
-_SCHEMA = sa.MetaData()
-
-DEVICES = sa.Table(
-    "devices",
-    _SCHEMA,
-    sa.Column("device_id", sa.String(255), primary_key=True),
-    sa.Column("device_type", sa.String(50), nullable=False),
-    sa.Column("is_online", sa.Boolean, nullable=False),
-    sa.Column("last_heartbeat", _SqliteMoment),
-    sa.Column("connected_at", _SqliteMoment, nullable=False),
-    sa.Column("disconnected_at", _SqliteMoment),
-    sa.Column("metadata_json", _Json, nullable=False),
-)
-
-SNAPSHOTS = sa.Table(
-    "device_state_snapshots",
-    _SCHEMA,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("device_id", sa.String(255), sa.ForeignKey("devices.device_id"), nullable=False),
-    sa.Column("device_type", sa.String(50), nullable=False),
-    sa.Column("state_data", _Json, nullable=False),
-    sa.Column("timestamp", _SqliteMoment, nullable=False),
+# The tables of the databases in the field (contract, section 7). SQLite keeps DATETIME and JSON as text, and so do rows here:
+# times as `stored_time` writes them, JSON encoded where it came in.
+SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS devices (
+        device_id VARCHAR(255) NOT NULL PRIMARY KEY, device_type VARCHAR(50) NOT NULL, is_online BOOLEAN NOT NULL,
+        last_heartbeat DATETIME, connected_at DATETIME NOT NULL, disconnected_at DATETIME, metadata_json JSON NOT NULL)""",
+    """CREATE TABLE IF NOT EXISTS device_state_snapshots (
+        id INTEGER NOT NULL PRIMARY KEY, device_id VARCHAR(255) NOT NULL REFERENCES devices (device_id),
+        device_type VARCHAR(50) NOT NULL, state_data JSON NOT NULL, timestamp DATETIME NOT NULL)""",
+    """CREATE TABLE IF NOT EXISTS command_logs (
+        command_id VARCHAR(255) NOT NULL PRIMARY KEY, device_type VARCHAR(50) NOT NULL, command_name VARCHAR(255) NOT NULL,
+        payload JSON NOT NULL, status VARCHAR(50) NOT NULL, created_at DATETIME NOT NULL, executed_at DATETIME,
+        completed_at DATETIME, response_data JSON, target_device_count INTEGER NOT NULL, success_count INTEGER NOT NULL)""",
+    """CREATE TABLE IF NOT EXISTS device_connection_logs (
+        id INTEGER NOT NULL PRIMARY KEY, device_id VARCHAR(255) NOT NULL REFERENCES devices (device_id),
+        device_type VARCHAR(50) NOT NULL, event VARCHAR(50) NOT NULL, timestamp DATETIME NOT NULL, details JSON)""",
     # Ordered by what happened last, with the timestamp aboard so that `since` and `until` are decided in the index.
-    sa.Index("ix_amhrpd_snapshots", "device_id", "id", "timestamp"),
+    "CREATE INDEX IF NOT EXISTS ix_amhrpd_snapshots ON device_state_snapshots (device_id, id, timestamp)",
+    "CREATE INDEX IF NOT EXISTS ix_amhrpd_events ON device_connection_logs (device_id, id, timestamp)",
+    "CREATE INDEX IF NOT EXISTS ix_amhrpd_commands_status ON command_logs (status)",
+    "CREATE INDEX IF NOT EXISTS ix_amhrpd_commands_type ON command_logs (device_type)",
+)
+SCHEMA_VERSION = 1  # PRAGMA user_version; the earlier backend's files have 0
+
+Row = dict[str, Any]
+TableName = Literal["devices", "device_state_snapshots", "command_logs", "device_connection_logs"]
+COLUMNS: Mapping[TableName, tuple[str, ...]] = {
+    "devices": (
+        *("device_id", "device_type", "is_online", "last_heartbeat", "connected_at", "disconnected_at", "metadata_json"),
+    ),
+    "device_state_snapshots": ("id", "device_id", "device_type", "state_data", "timestamp"),
+    "command_logs": (
+        *("command_id", "device_type", "command_name", "payload", "status", "created_at", "executed_at", "completed_at"),
+        *("response_data", "target_device_count", "success_count"),
+    ),
+    "device_connection_logs": ("id", "device_id", "device_type", "event", "timestamp", "details"),
+}
+JSON_COLUMNS = frozenset({"metadata_json", "state_data", "payload", "response_data", "details"})
+TIME_COLUMNS = frozenset(
+    {"last_heartbeat", "connected_at", "disconnected_at", "timestamp", "created_at", "executed_at", "completed_at"}
 )
 
-COMMAND_LOGS = sa.Table(
-    "command_logs",
-    _SCHEMA,
-    sa.Column("command_id", sa.String(255), primary_key=True),
-    sa.Column("device_type", sa.String(50), nullable=False),
-    sa.Column("command_name", sa.String(255), nullable=False),
-    sa.Column("payload", _Json, nullable=False),
-    sa.Column("status", sa.String(50), nullable=False),
-    sa.Column("created_at", _SqliteMoment, nullable=False),
-    sa.Column("executed_at", _SqliteMoment),
-    sa.Column("completed_at", _SqliteMoment),
-    sa.Column("response_data", _Json),
-    sa.Column("target_device_count", sa.Integer, nullable=False),
-    sa.Column("success_count", sa.Integer, nullable=False),
-    sa.Index("ix_amhrpd_commands_status", "status"),
-    sa.Index("ix_amhrpd_commands_type", "device_type"),
-)
-
-CONNECTION_LOGS = sa.Table(
-    "device_connection_logs",
-    _SCHEMA,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("device_id", sa.String(255), sa.ForeignKey("devices.device_id"), nullable=False),
-    sa.Column("device_type", sa.String(50), nullable=False),
-    sa.Column("event", sa.String(50), nullable=False),
-    sa.Column("timestamp", _SqliteMoment, nullable=False),
-    sa.Column("details", _Json),
-    sa.Index("ix_amhrpd_events", "device_id", "id", "timestamp"),
-)
-
-TABLES = (DEVICES, SNAPSHOTS, COMMAND_LOGS, CONNECTION_LOGS)
+COMMAND_FILTERS = {
+    "status": "status = :status",
+    "device_type": "device_type = :device_type",
+    "since": "created_at >= :since",
+    "until": "created_at <= :until",
+}
 
 # What `command_logs.status` holds (contract, section 4; `pending`, before there is a row, has no value here) ...
 CREATED = "created"
@@ -704,82 +722,10 @@ ACK_ERROR = "ack_error"
 ACK_TIMEOUT = "ack_timeout"
 NO_DEVICES = "no_devices"
 OPEN_STATUSES = (CREATED, SENT)
-COMMAND_STATUSES = (*OPEN_STATUSES, ACK_SUCCESS, ACK_ERROR, ACK_TIMEOUT, NO_DEVICES)
 # ... and `device_connection_logs.event` (contract, section 5).
 CONNECTED = "connected"
 DISCONNECTED = "disconnected"
 TIMEOUT = "timeout"
-CONNECTION_EVENTS = (CONNECTED, DISCONNECTED, TIMEOUT)
-
-# Insertion order, which a clock that jumps can't disturb. SQLite's own name; another database would need a column.
-_COMMAND_ORDER: sa.ColumnElement[int] = sa.literal_column("rowid", sa.Integer)
-
-SCHEMA_VERSION = 1  # PRAGMA user_version; the earlier backend's files have 0
-
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HistoryRange:
-    """What part of a history is asked for: naive UTC times, both inclusive; rows before an id; at most `limit`."""
-
-    limit: int
-    since: datetime | None = None
-    until: datetime | None = None
-    before_id: int | None = None
-
-    def filters(self, moment: str) -> dict[str, Any]:
-        """The range in the words of dataset's `find`, newest first; `moment` is the column of the time."""
-        times = {op: time for op, time in ((">=", self.since), ("<=", self.until)) if time is not None}
-        wanted: dict[str, Any] = {"order_by": "-id", "_limit": self.limit, "_step": None}
-        if times:
-            wanted[moment] = times
-        if self.before_id is not None:
-            wanted["id"] = {"<": self.before_id}
-        return wanted
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Restored:
-    """What earlier runs left.
-
-    Device rows, each with `state` and `state_timestamp` of its latest snapshot (None where there is none), and command
-    rows that may still be answered, oldest first.
-    """
-
-    devices: list[Row]
-    commands: list[Row]
-
-
-def _upsert(table: sa.Table) -> Any:
-    statement = sqlite.insert(table)
-    keys = [column.name for column in table.primary_key]
-    changes = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
-    return statement.on_conflict_do_update(index_elements=keys, set_=changes)
-
-
-def _latest_of_each_device(table: sa.Table) -> sa.Select[Any]:
-    """The newest row of every device: one step into the index for each, however long the history is."""
-    newest = (
-        sa.select(table.c.id)
-        .where(table.c.device_id == DEVICES.c.device_id)
-        .order_by(table.c.id.desc())
-        .limit(1)
-        .correlate(DEVICES)
-        .scalar_subquery()
-    )
-    return sa.select(table).where(table.c.id.in_(sa.select(newest).select_from(DEVICES)))
-
-
-# dataset's own upserts take three statements a row.
-UPSERTS = {table: _upsert(table) for table in (DEVICES, COMMAND_LOGS)}
-
-
-class Stored(Protocol):
-    """What is kept in a keyed table: it waits as an object and becomes a row when its turn comes."""
-
-    def row(self) -> Row:
-        """The row as it is now."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -795,22 +741,47 @@ class Batch:
     def __len__(self) -> int:
         return len(self.devices) + len(self.snapshots) + len(self.events) + len(self.commands)
 
-    def tables(self) -> Iterator[tuple[sa.Table, list[Row]]]:
-        """Table by table, devices first: the other rows refer to them."""
-        rows = (list(self.devices.values()), self.snapshots, self.commands, self.events)
-        return ((table, of_it) for table, of_it in zip(TABLES, rows, strict=True) if of_it)
+    def tables(self) -> Iterator[tuple[TableName, list[Row]]]:
+        """Rows table by table, devices first: the others refer to them."""
+        yield "devices", list(self.devices.values())
+        yield "device_state_snapshots", self.snapshots
+        yield "device_connection_logs", self.events
+        yield "command_logs", self.commands
 
 
-# -- reading: what a file has, as well as it goes ----------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, slots=True)
+class Restored:
+    """What a file has: device rows, each with `state` and `state_timestamp` of its latest snapshot (None where there is
+    none), and the rows of commands that may still be answered, oldest first.
+    """
+
+    devices: list[Row]
+    commands: list[Row]
 
 
-def _finite_or_none(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
+# -- reading a file as well as it goes ---------------------------------------------------------------------------------
 
 
-def _clean_json(stored: object) -> JsonText:
-    """A stored JSON value as text that every reader takes, whatever an earlier writer left there (NaN, lone surrogates)."""
+def stored_time(moment: datetime | None) -> str | None:
+    """A naive UTC time as the file has it: `2026-01-24 10:30:45.123456`."""
+    return None if moment is None else moment.isoformat(" ", "microseconds")
+
+
+def read_time(stored: object) -> datetime | None:
+    """The time that a file has, naive UTC. A file in the field may hold anything: what is no time reads as none."""
+    try:
+        return naive_utc(datetime.fromisoformat(stored))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def read_json(stored: object) -> JsonText:
+    """Stored JSON as text that every reader takes, whatever an earlier writer left there (NaN, lone surrogates, no JSON)."""
+
+    def finite_or_none(text: str) -> float | None:
+        value = float(text)
+        return value if math.isfinite(value) else None
+
     if stored is None:
         return "null"
     text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
@@ -819,52 +790,53 @@ def _clean_json(stored: object) -> JsonText:
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         pass
     try:
-        value = json.loads(text, parse_constant=lambda name: None, parse_float=_finite_or_none)
+        value = json.loads(text, parse_constant=lambda name: None, parse_float=finite_or_none)
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
     except (ValueError, RecursionError):
-        return json.dumps(text)  # no JSON at all: shown as the text that it is
+        return json.dumps(text)  # shown as the text that it is
 
 
-def _presentable(table: sa.Table, row: Row) -> Row:
+def presentable(table: TableName, row: Row) -> Row:
     """A row as answers show it: the contract's columns, times as text, JSON as it is."""
-    shown: Row = {}
-    for column in table.columns:
-        value = row[column.name]
-        if isinstance(column.type, _Json):
-            shown[column.name] = None if value is None else raw(_clean_json(value))
-        else:
-            shown[column.name] = format_time(value) if isinstance(value, datetime) else value
+    shown: Row = {name: row[name] for name in COLUMNS[table]}
+    for name in shown.keys() & TIME_COLUMNS:
+        shown[name] = format_time(read_time(shown[name]))
+    for name in shown.keys() & JSON_COLUMNS:
+        shown[name] = None if shown[name] is None else raw(read_json(shown[name]))
     return shown
 
 
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
 
-_STORE_ERRORS = (sa.exc.SQLAlchemyError, sqlite3.Error, OSError)
+STORE_ERRORS = (sa.exc.SQLAlchemyError, sqlite3.Error, OSError)
+LOCK_TIMEOUT_S = 1.0  # for another program's lock; then the batch is tried again, and a stop gets through
 
 
-def _sqlite_code(error: BaseException) -> int | None:
+def sqlite_code(error: BaseException) -> int | None:
+    """SQLite's primary result code, where the error is SQLite's."""
     code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
 
 
-def _is_corruption(error: BaseException) -> bool:
-    return _sqlite_code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+def is_corruption(error: BaseException) -> bool:
+    """Whether SQLite says that the file is damaged. It says so of a single read error, too."""
+    return sqlite_code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _is_lack_of_room(error: BaseException) -> bool:
-    """Whether a disk that is full would explain it. SQLite says so or, where a shared-memory file can't grow, "I/O error"."""
+def is_lack_of_room(error: BaseException) -> bool:
+    """Whether a full disk would explain it. SQLite says so or, where a shared-memory file can't grow, "I/O error"."""
     number = error.errno if isinstance(error, OSError) else None
-    is_full = _sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    is_full = sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
     return is_full or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _is_fault_of_a_row(error: BaseException) -> bool:
+def is_fault_of_a_row(error: BaseException) -> bool:
     """Whether the database refused what it was given, where trying the same again is in vain."""
-    is_of_the_disk = isinstance(error, sa.exc.OperationalError) or _is_corruption(error)
+    is_of_the_disk = isinstance(error, sa.exc.OperationalError) or is_corruption(error)
     return isinstance(error, sa.exc.StatementError) and not is_of_the_disk
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The database's own words in one line, without the statement and its parameters."""
     origin = getattr(error, "orig", None) or error
     name = getattr(origin, "sqlite_errorname", None)
@@ -872,7 +844,168 @@ def _cause(error: BaseException) -> str:
     return f"{text} ({name})" if name else text
 
 
-def _quick_check(connection: sqlite3.Connection) -> str | None:
+class FileMoved(Exception):
+    """Somebody moved, removed or replaced the file since it was locked."""
+
+
+class LockedFile:
+    """The database as a file: whose it is, whether it is whole, where it went. Looked at by `sqlite3` alone, before anything
+    is written and while no other connection of this process has it open (but for `check`). Blocks on the disk.
+    """
+
+    CHECKED_AT_START_BYTES = 8 << 20  # 0.2 s of an SD card's reading; a larger file is checked while it serves
+    MAGIC = b"SQLite format 3\x00"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notice: str | None = None  # for people: what happened to the file
+        self.is_doubted = False  # SQLite reported damage, and the whole file is to be looked at
+        self._lock_fd: int | None = None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a check of the whole file would hold up a start."""
+        return self.path.exists() and self.path.stat().st_size > self.CHECKED_AT_START_BYTES
+
+    def beside(self, suffix: str) -> Path:
+        """The path of a file that SQLite keeps beside this one: `-wal`, `-shm`."""
+        return self.path.with_name(self.path.name + suffix)
+
+    def lock(self) -> bool:
+        """Have the file, created where there was none, for this process alone. True where that was to do.
+
+        Raises StartError where another gateway has it or it is no regular file, OSError.
+        """
+        if self._lock_fd is not None:
+            return False
+        lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            if not stat.S_ISREG(os.fstat(lock_fd).st_mode):
+                raise StartError(f"the database {self.path} is no regular file")
+            # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException as error:
+            os.close(lock_fd)
+            if isinstance(error, BlockingIOError):
+                raise StartError(f"the database {self.path} is in use by another gateway") from None
+            raise
+        self._lock_fd = lock_fd
+        return True
+
+    def unlock(self) -> None:
+        """Let others have it. POSIX takes SQLite's locks away with any descriptor that closes: first close all connections."""
+        if self._lock_fd is not None:
+            lock_fd, self._lock_fd = self._lock_fd, None
+            os.close(lock_fd)
+
+    def is_in_place(self) -> bool:
+        """Whether the file that is locked, if any, is the one that its path names."""
+        try:
+            return self._lock_fd is None or os.path.samestat(self.path.stat(), os.fstat(self._lock_fd))
+        except FileNotFoundError:
+            return False
+
+    def take_log_along(self) -> Path | None:
+        """Bring the write-ahead log to where the file went, before SQLite replays it over what lies at the path now: it has no
+        name of its file in it. Returns where that is, None where the file is gone and its log with it.
+        """
+        assert self._lock_fd is not None
+        moved_to = Path(f"/proc/self/fd/{self._lock_fd}").readlink()
+        is_there = moved_to.exists() and os.path.samestat(moved_to.stat(), os.fstat(self._lock_fd))
+        if self._is_open_here(log_path := self.beside("-wal")):
+            if is_there:
+                log_path.rename(moved_to.with_name(moved_to.name + "-wal"))
+            else:
+                log_path.unlink()
+            self.beside("-shm").unlink(missing_ok=True)
+        self.is_doubted = False
+        self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
+        log.error("database_replaced", path=str(self.path), moved_to=str(moved_to) if is_there else None)
+        return moved_to if is_there else None
+
+    def _is_open_here(self, path: Path) -> bool:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.stat(), descriptor.stat()):
+                    return True
+        return False
+
+    def move_aside_if_damaged(self) -> bool:
+        """Look at the file and, where it is damaged, move it aside and lock a fresh one. True where that was so.
+
+        Only what a second look finds as well, in a file that can be read from end to end, is believed: one read error is
+        reported as damage, too. Raises StartError for a file that is none of ours, sqlite3.Error, OSError.
+        """
+        with self.path.open("rb") as file:
+            start = file.read(len(self.MAGIC))
+        if start and start != self.MAGIC:
+            raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
+        damage = self._look(is_whole=self.is_doubted or not self.is_large) if start else None
+        if damage is not None:
+            for path in (self.path, self.beside("-wal")):
+                if path.exists():
+                    with path.open("rb", buffering=0) as file:
+                        while file.read(4096):
+                            pass
+            damage = self._look(is_whole=True)
+        self.is_doubted = False
+        if damage is None:
+            return False
+        aside = self.path.with_name(f"{self.path.name}.corrupt-{utc_now():%Y%m%dT%H%M%S.%f}Z")
+        for suffix in ("-wal", "-shm", ""):  # the file last: as long as it is there, the whole is
+            with contextlib.suppress(FileNotFoundError):
+                self.beside(suffix).rename(aside.with_name(aside.name + suffix))
+        self.unlock()
+        self.notice = f"the database was corrupt ({damage}); it was moved to {aside} and a fresh one begun"
+        log.error("database_corrupt", damage=damage, moved_to=str(aside))
+        return self.lock()
+
+    def _look(self, *, is_whole: bool) -> str | None:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S)) as connection:
+            try:
+                self.check_schema(connection)
+                return quick_check(connection) if is_whole else None
+            except sqlite3.DatabaseError as error:
+                if is_corruption(error):
+                    return str(error)
+                raise
+
+    def check_schema(self, connection: sqlite3.Connection) -> None:
+        """Raise StartError where the tables are none of ours, or not as rows can be written to them."""
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StartError(f"{self.path} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
+        kinds = dict(connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')").fetchall())
+        if kinds and not kinds.keys() & COLUMNS.keys():
+            raise StartError(f"{self.path} is no database of this gateway: it has the tables {', '.join(sorted(kinds))}")
+        for table, ours in COLUMNS.items():
+            if kinds.get(table) == "view":
+                raise StartError(f"{self.path} can't be used: {table} is a view")
+            found = connection.execute(f"PRAGMA table_info({table})").fetchall()
+            if found and (missing := set(ours) - {name for _, name, *_ in found}):
+                raise StartError(
+                    f"{self.path} is no database of this gateway: {table} has no column {', '.join(sorted(missing))}"
+                )
+            for _, name, _, is_required, default, _ in found:
+                if is_required and default is None and name not in ours:
+                    raise StartError(
+                        f"{self.path} can't be used: {table} has a column {name} that was added, must not be null and has no "
+                        "default"
+                    )
+
+    def check(self, is_cancelled: Callable[[], bool]) -> None:
+        """Look for damage in the whole file while it is in use: minutes, for a large one. For a thread of its own."""
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S)) as connection:
+                connection.set_progress_handler(is_cancelled, 10_000)
+                self.is_doubted |= quick_check(connection) is not None
+        except OSError:
+            pass  # what reads and writes the file will say so
+        except sqlite3.DatabaseError as error:
+            self.is_doubted |= is_corruption(error)
+
+
+def quick_check(connection: sqlite3.Connection) -> str | None:
     """What SQLite finds broken in a file, or None. Raises OSError where it couldn't be read, which says nothing of it."""
     result = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     code = re.search(r"error code=(\d+)", result)
@@ -881,23 +1014,10 @@ def _quick_check(connection: sqlite3.Connection) -> str | None:
     return None if result == "ok" else result
 
 
-def _read_through(path: Path) -> None:
-    """Read a file page by page, as SQLite does. Raises OSError where one can't be read."""
-    with path.open("rb", buffering=0) as file:
-        while file.read(4096):
-            pass
+# -- the database ------------------------------------------------------------------------------------------------------
 
 
-def _is_open_here(path: Path) -> bool:
-    """Whether this process has the file open that lies at `path` now."""
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if os.path.samestat(path.stat(), descriptor.stat()):
-                return True
-    return False
-
-
-class _SqliteConnection(sqlite3.Connection):
+class LenientConnection(sqlite3.Connection):
     """A connection that reads text of a damaged or foreign writer as well as it goes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -905,158 +1025,73 @@ class _SqliteConnection(sqlite3.Connection):
         self.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
 
 
-class FileMoved(Exception):
-    """Somebody moved, removed or replaced the file since it was opened."""
+class Database:
+    """The four tables, through `dataset`. Blocks on the disk.
 
-
-class DatabaseFile:
-    """The SQLite file, through `dataset`. Every method blocks on the disk.
-
-    `open`, `commit`, `commit_row_by_row` and `close` belong to the writer's thread, `find` to the reader's, and the owner
-    sees to it that nobody reads while the file is opened or closed. Whatever fails closes the file, which also cures
-    dataset's lock after a failed COMMIT; the next `open` is the one way back, from a start, a full disk, damage, and a file
+    `open`, `commit`, `commit_row_by_row` and `close` belong to the writer's thread, `find` and `newest_commands` to the
+    reader's, and the owner sees to it that nobody reads while the file is opened or closed. What fails closes it, which also
+    cures dataset's lock after a failed COMMIT, and `open` is the one way back: from a start, a full disk, damage, and a file
     that somebody moved, removed or replaced.
     """
 
-    CHECKED_AT_START_BYTES = 8 << 20  # 0.2 s of an SD card's reading; a larger file is for `check`
-    LOCK_TIMEOUT_S = 1.0  # for another program's lock; then the batch is tried again, and a stop gets through
     RESTORED_CLOSED_COMMANDS = 1000  # the latest that still lack answers
     RESTORED_BYTES = 8 << 20  # of the commands' contents, so that a start takes no more than the run before it
-    MAGIC = b"SQLite format 3\x00"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.notice: str | None = None  # for people: what happened to the file
-        self.is_doubted = False  # SQLite reported damage, and the next `open` has to look at the whole file
-        self._lock_fd: int | None = None
-        self._database: Any = None
+        self.file = LockedFile(path)
+        self._dataset: Any = None
+        self._is_loaded = False  # of the file that is locked
         self._asking: sqlite3.Connection | None = None  # what the reader's thread is busy with
-        self._is_loaded = False  # the file that is locked was looked at, and what it has was handed over
 
     @property
-    def is_open(self) -> bool:
-        """Whether it can be read and written, as far as is known."""
-        return self._database is not None and not self.is_doubted
-
-    @property
-    def is_large(self) -> bool:
-        """Whether a check of the whole file would hold up a start."""
-        return self.path.exists() and self.path.stat().st_size > self.CHECKED_AT_START_BYTES
-
-    # -- opening -------------------------------------------------------------------------------------------------------
+    def is_usable(self) -> bool:
+        """Whether it is open, and nothing is known to be wrong with it."""
+        return self._dataset is not None and not self.file.is_doubted
 
     def open(self, online: Collection[str]) -> Restored | None:
         """Open or create the file, end what the last run left open (but for the devices that are online), and load it.
 
-        None where it is the file that was open before and has been loaded.
-
-        A damaged file is moved aside and a fresh one begun. Raises StartError for a file that is in use, none of ours or
-        of a newer version, and what `dataset`, SQLite and the system raise; then it is closed.
+        None where it is the file that was loaded before. Raises StartError, see LockedFile, and STORE_ERRORS.
         """
         try:
-            if not self._is_in_place():
-                self._leave()
+            is_moved = not self.file.is_in_place()
+            moved_to = self.file.take_log_along() if is_moved else None
             self._disconnect()
-            if self._lock_fd is None:
-                self._acquire_lock()
-            if (self.is_doubted or not self._is_loaded) and (damage := self._find_damage()) is not None:
-                self._move_aside(damage)
-                self._acquire_lock()
-            self.is_doubted = False
+            if is_moved:
+                self.file.unlock()
+            if moved_to is not None:  # what was written to a file must be in that file
+                with contextlib.closing(sqlite3.connect(moved_to, timeout=LOCK_TIMEOUT_S)) as connection:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._is_loaded &= not self.file.lock()
+            if self.file.is_doubted or not self._is_loaded:
+                self._is_loaded &= not self.file.move_aside_if_damaged()
             self._connect()
             if self._is_loaded:
                 return None
-            self._end_last_run(online)
-            restored, self._is_loaded = self._load(), True
+            with self._dataset as tables:
+                self._end_last_run(tables, online)
+                restored = Restored(self._load_devices(tables), self._load_commands(tables))
+            self._is_loaded = True
             return restored
         except BaseException as error:
             self._fail(error)
             raise
 
     def _fail(self, error: BaseException) -> None:
-        self.is_doubted |= _is_corruption(error)
+        self.file.is_doubted |= is_corruption(error)
         self._disconnect()
 
-    def _acquire_lock(self) -> None:
-        """Keep other gateways off."""
-        lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        try:
-            if not stat.S_ISREG(os.fstat(lock_fd).st_mode):
-                raise StartError(f"the database {self.path} is no regular file")
-            # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock_fd)
-            raise StartError(f"the database {self.path} is in use by another gateway") from None
-        except BaseException:
-            os.close(lock_fd)
-            raise
-        self._lock_fd = lock_fd
-        self._is_loaded = False
-
-    def _release_lock(self) -> None:
-        """To be called without a connection: POSIX takes SQLite's locks away with any descriptor of the file that closes."""
-        if self._lock_fd is not None:
-            lock_fd, self._lock_fd = self._lock_fd, None
-            os.close(lock_fd)
-
-    def _find_damage(self) -> str | None:
-        """What is broken in the file, or None; to be called before anything is written to it.
-
-        One read error is reported as damage, too, and the file is whole: only what a second look finds as well, in a file
-        that can be read from end to end, is believed.
-        """
-        with self.path.open("rb") as file:
-            start = file.read(len(self.MAGIC))
-        if not start:
-            return None
-        if start != self.MAGIC:
-            raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
-        if self._look(is_whole=self.is_doubted or not self.is_large) is None:
-            return None
-        for suffix in ("", "-wal"):
-            if (path := self.path.with_name(self.path.name + suffix)).exists():
-                _read_through(path)
-        return self._look(is_whole=True)
-
-    def _look(self, *, is_whole: bool) -> str | None:
-        """What a connection of its own finds broken, or None. Raises StartError for a file of others."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=self.LOCK_TIMEOUT_S)) as connection:
-            try:
-                self._check_schema(connection)
-                return _quick_check(connection) if is_whole else None
-            except sqlite3.DatabaseError as error:
-                if _is_corruption(error):
-                    return str(error)
-                raise
-
-    def _check_schema(self, connection: sqlite3.Connection) -> None:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StartError(f"{self.path} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
-        kinds = dict(connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')").fetchall())
-        if kinds and not kinds.keys() & {table.name for table in TABLES}:
-            raise StartError(f"{self.path} is no database of this gateway: it has the tables {', '.join(sorted(kinds))}")
-        for table in TABLES:
-            if kinds.get(table.name) == "view":
-                raise StartError(f"{self.path} can't be used: {table.name} is a view")
-            columns = connection.execute(f"PRAGMA table_info({table.name})").fetchall()
-            found = {name for _, name, *_ in columns}
-            if found and (missing := [column.name for column in table.columns if column.name not in found]):
-                raise StartError(f"{self.path} is no database of this gateway: {table.name} has no column {', '.join(missing)}")
-            for _, name, _, is_required, default, is_key in columns:
-                if is_required and default is None and not is_key and name not in table.columns:
-                    raise StartError(
-                        f"{self.path} can't be used: somebody added the column {name} to {table.name}, which must not be "
-                        "empty and has no default"
-                    )
+    def _disconnect(self) -> None:
+        if self._dataset is not None:
+            connected, self._dataset = self._dataset, None
+            connected.close()
 
     def _connect(self) -> None:
-        database = dataset.connect(
-            sa.URL.create("sqlite", database=str(self.path)).render_as_string(),
+        self._dataset = dataset.connect(
+            sa.URL.create("sqlite", database=str(self.file.path)).render_as_string(),
             row_type=dict,
             ensure_schema=False,
-            engine_kwargs={"connect_args": {"timeout": self.LOCK_TIMEOUT_S, "factory": _SqliteConnection}},
+            engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S, "factory": LenientConnection}},
             on_connect_statements=[
                 "PRAGMA foreign_keys = ON",
                 "PRAGMA synchronous = NORMAL",  # with WAL it never corrupts, and syncs at checkpoints only
@@ -1064,212 +1099,155 @@ class DatabaseFile:
                 "PRAGMA journal_size_limit = 8388608",
             ],
         )
-        self._database = database
-        # dataset reflects the tables: as these types, so that JSON passes as the text that it is, None is NULL, and a time
-        # that is none doesn't end a query.
-        dialect: Any = database.executable.dialect
-        dialect.ischema_names = dialect.ischema_names | {"JSON": _Json, "DATETIME": _SqliteMoment}
-        with database as transaction:
-            self._migrate(transaction.executable)
-
-    def _migrate(self, connection: sa.Connection) -> None:
-        """Create what is missing of tables and indexes, in a fresh file all of it."""
-        _SCHEMA.create_all(connection)
-        inspector = sa.inspect(connection)
-        for table in TABLES:
-            existing = {index["name"] for index in inspector.get_indexes(table.name)}
-            for index in table.indexes:
-                if index.name not in existing:
-                    log.info("index_created", table=table.name, index=index.name)
-                    index.create(connection)
+        # dataset reflects the tables; what is text in the file is text in their rows.
+        dialect: Any = self._dataset.executable.dialect
+        dialect.ischema_names = dialect.ischema_names | {"JSON": sa.Text, "DATETIME": sa.Text}
+        with self._dataset as tables:
+            for statement in SCHEMA:
+                tables.query(statement)
             # Those the earlier backend's ORM made, one a column: no query uses them and each costs a page a commit.
-            for name in sorted(existing - {index.name for index in table.indexes}, key=str):
-                if name and name.startswith(f"ix_{table.name}_"):
-                    log.info("index_dropped", table=table.name, index=name)
-                    connection.execute(sa.text(f'DROP INDEX "{name}"'))
-        if connection.execute(sa.text("PRAGMA user_version")).scalar_one() != SCHEMA_VERSION:
-            connection.execute(sa.text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
-
-    def _disconnect(self) -> None:
-        if self._database is not None:
-            database, self._database = self._database, None
-            database.close()
-
-    def _move_aside(self, damage: str) -> None:
-        aside = self.path.with_name(f"{self.path.name}.corrupt-{utc_now():%Y%m%dT%H%M%S.%f}Z")
-        for suffix in ("-wal", "-shm", ""):  # the file last: as long as it is there, the whole is
-            with contextlib.suppress(FileNotFoundError):
-                self.path.with_name(self.path.name + suffix).rename(aside.with_name(aside.name + suffix))
-        self._release_lock()
-        self.notice = f"the database was corrupt ({damage}); it was moved to {aside} and a fresh one begun"
-        log.error("database_corrupt", damage=damage, moved_to=str(aside))
-
-    def _is_in_place(self) -> bool:
-        """Whether the file that is locked, if any, is the one that its path names."""
-        if self._lock_fd is None:
-            return True
-        try:
-            return os.path.samestat(self.path.stat(), os.fstat(self._lock_fd))
-        except FileNotFoundError:
-            return False
-
-    def _leave(self) -> None:
-        """Let go of a file that somebody moved or removed. What its write-ahead log holds goes with it, and only with it:
-        the log has no name of its file in it, and SQLite would replay it over whatever lies at the path.
-        """
-        assert self._lock_fd is not None
-        log_path = self.path.with_name(self.path.name + "-wal")
-        moved_to = Path(f"/proc/self/fd/{self._lock_fd}").readlink()
-        is_there = moved_to.exists() and os.path.samestat(moved_to.stat(), os.fstat(self._lock_fd))
-        if log_path.exists() and _is_open_here(log_path):
-            if is_there:
-                log_path.rename(moved_to.with_name(moved_to.name + "-wal"))
-            else:
-                log_path.unlink()
-            self.path.with_name(self.path.name + "-shm").unlink(missing_ok=True)
-        self._disconnect()
-        self._release_lock()
-        self.is_doubted = False
-        self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
-        log.error("database_replaced", path=str(self.path), moved_to=str(moved_to) if is_there else None)
-        if is_there:
-            with contextlib.closing(sqlite3.connect(moved_to, timeout=self.LOCK_TIMEOUT_S)) as connection:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            for row in list(tables.query("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'")):
+                if row["tbl_name"] in COLUMNS and row["name"].startswith(f"ix_{row['tbl_name']}_"):
+                    log.info("index_dropped", index=row["name"])
+                    tables.query(f'DROP INDEX "{row["name"]}"')
+            tables.query(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     # -- what the last run left ----------------------------------------------------------------------------------------
 
-    def _end_last_run(self, online: Collection[str]) -> None:
+    def _end_last_run(self, tables: Any, online: Collection[str]) -> None:
         """Whatever the file says is online is not, but for `online`: its device row and its connection history say so."""
-        now = utc_now()
-        with self._database as database:
-            latest = {event["device_id"]: event["event"] for event in database.query(_latest_of_each_device(CONNECTION_LOGS))}
-            left = [
-                device
-                for device in database["devices"].find()
-                if (device["is_online"] or latest.get(device["device_id"]) == CONNECTED) and device["device_id"] not in online
-            ]
-            if left:
-                gone = [{"device_id": d["device_id"], "is_online": False, "disconnected_at": now} for d in left]
-                database["devices"].update_many(gone, ["device_id"])
-                details = to_json({"reason": "the gateway ended without saying goodbye"})
-                events = [
-                    {
-                        "device_id": device["device_id"],
-                        "device_type": device["device_type"] or "",
-                        "event": DISCONNECTED,
-                        "timestamp": now,
-                        "details": details,
-                    }
-                    for device in left
-                ]
-                database["device_connection_logs"].insert_many(events)
-
-    def _load(self) -> Restored:
-        with self._database as database:
-            devices: dict[str, Row] = {row["device_id"]: row for row in database["devices"].find()}
-            for row in devices.values():
-                row["device_type"] = row["device_type"] or ""
-                row["connected_at"] = row["connected_at"] or row["last_heartbeat"] or utc_now()
-                row["metadata_json"] = "{}" if row["metadata_json"] is None else _clean_json(row["metadata_json"])
-                row["state"] = row["state_timestamp"] = None
-            for snapshot in database.query(_latest_of_each_device(SNAPSHOTS)):
-                device = devices[snapshot["device_id"]]
-                device["state"] = _clean_json(snapshot["state_data"])
-                device["state_timestamp"] = snapshot["timestamp"]
-            return Restored(list(devices.values()), self._load_commands(database))
-
-    def _load_commands(self, database: Any) -> list[Row]:
-        """Commands that may still be answered, oldest first: of the open ones all, but for those that would take more than
-        RESTORED_BYTES, which end as `ack_timeout`; of those that lack an answer the latest.
-        """
-        size = sa.func.coalesce(sa.func.length(COMMAND_LOGS.c.payload), 0) + sa.func.coalesce(
-            sa.func.length(COMMAND_LOGS.c.response_data), 0
+        now = stored_time(utc_now())
+        latest = {row["device_id"]: row["event"] for row in self._latest(tables, "device_connection_logs")}
+        left = [
+            row
+            for row in tables["devices"].find()
+            if (row["is_online"] or latest.get(row["device_id"]) == CONNECTED) and row["device_id"] not in online
+        ]
+        details = to_json({"reason": "the gateway ended without saying goodbye"})
+        ended = {"event": DISCONNECTED, "timestamp": now, "details": details}
+        offline = {"is_online": False, "disconnected_at": now}
+        tables["devices"].update_many([{"device_id": row["device_id"]} | offline for row in left], ["device_id"])
+        tables["device_connection_logs"].insert_many(
+            [{"device_id": row["device_id"], "device_type": row["device_type"] or ""} | ended for row in left]
         )
+
+    def _latest(self, tables: Any, name: TableName) -> list[Row]:
+        """The newest row of every device: one step into the index for each, however long the history is."""
+        newest = f"SELECT (SELECT id FROM {name} h WHERE h.device_id = d.device_id ORDER BY id DESC LIMIT 1) FROM devices d"
+        return list(tables.query(f"SELECT * FROM {name} WHERE id IN ({newest})"))
+
+    def _load_devices(self, tables: Any) -> list[Row]:
+        devices: dict[str, Row] = {row["device_id"]: row for row in tables["devices"].find()}
+        for row in devices.values():
+            for name in ("last_heartbeat", "connected_at", "disconnected_at"):
+                row[name] = read_time(row[name])
+            row["device_type"] = row["device_type"] or ""
+            row["connected_at"] = row["connected_at"] or row["last_heartbeat"] or utc_now()
+            row["metadata_json"] = "{}" if row["metadata_json"] is None else read_json(row["metadata_json"])
+            row["state"] = row["state_timestamp"] = None
+        for snapshot in self._latest(tables, "device_state_snapshots"):
+            device = devices[snapshot["device_id"]]
+            device["state"] = read_json(snapshot["state_data"])
+            device["state_timestamp"] = read_time(snapshot["timestamp"])
+        return list(devices.values())
+
+    def _load_commands(self, tables: Any) -> list[Row]:
+        """Of the open commands all, but for the oldest that would take more than RESTORED_BYTES, which end as `ack_timeout`;
+        of those that lack an answer the latest.
+        """
+        size = "coalesce(length(payload), 0) + coalesce(length(response_data), 0) AS size"
         kept: list[str] = []
         overdue: list[Row] = []
         room_bytes = self.RESTORED_BYTES
-        for statuses, limit in ((OPEN_STATUSES, None), ((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)):
-            newest = sa.select(COMMAND_LOGS.c.command_id, size.label("size")).where(COMMAND_LOGS.c.status.in_(statuses))
-            for row in list(database.query(newest.order_by(_COMMAND_ORDER.desc()).limit(limit))):
+        for statuses, limit in ((OPEN_STATUSES, -1), ((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)):
+            wanted = f"WHERE status IN {statuses} ORDER BY rowid DESC LIMIT {limit}"
+            for row in list(tables.query(f"SELECT command_id, {size} FROM command_logs {wanted}")):
                 room_bytes -= 4 * row["size"] + 1000  # of its text in any language, and of the object
                 if room_bytes > 0:
                     kept.append(row["command_id"])
                 elif statuses is OPEN_STATUSES:
                     overdue.append({"command_id": row["command_id"], "status": ACK_TIMEOUT})
-        if overdue:
-            log.warning("open_commands_ended", count=len(overdue), reason="their answers take too much memory")
-            database["command_logs"].update_many(overdue, ["command_id"])
-        rows = [database["command_logs"].find_one(command_id=command_id) for command_id in reversed(kept)]
+        tables["command_logs"].update_many(overdue, ["command_id"])
+        rows = [tables["command_logs"].find_one(command_id=command_id) for command_id in reversed(kept)]
         for row in rows:
-            row["payload"] = _clean_json(row["payload"])
-            row["response_data"] = None if row["response_data"] is None else _clean_json(row["response_data"])
+            for name in ("created_at", "executed_at", "completed_at"):
+                row[name] = read_time(row[name])
+            row["payload"] = read_json(row["payload"])
+            row["response_data"] = None if row["response_data"] is None else read_json(row["response_data"])
         return rows
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
     def commit(self, batch: Batch) -> None:
-        """Write a batch in one transaction, all or nothing. Whatever fails closes the file, but a row's own fault.
+        """Write a batch in one transaction, all or nothing. Whatever fails closes the file, but for a row's own fault.
 
-        Raises FileMoved where the file isn't at its path any more.
+        Raises FileMoved where the file isn't at its path any more, and STORE_ERRORS.
         """
-        if not self._is_in_place():
-            raise FileMoved(f"{self.path} was deleted or replaced")
-        with self._closing_what_fails(), self._database as database:
+        if not self.file.is_in_place():
+            raise FileMoved(f"{self.file.path} was deleted or replaced")
+        with self._closing_what_fails(), self._dataset as tables:
             for table, rows in batch.tables():
-                self._write(database, table, rows)
+                if rows:
+                    self._write(tables, table, rows)
 
     def commit_row_by_row(self, batch: Batch) -> list[tuple[str, Row, str]]:
         """Write a batch but for the rows that the database refuses for what they are: table, row and reason of each.
 
-        Raises StartError where not the rows are at fault but what somebody did to the tables.
+        Raises StartError where not the rows are at fault but what somebody did to the tables, and STORE_ERRORS.
         """
         refused: list[tuple[str, Row, str]] = []
-        with self._closing_what_fails():
-            with contextlib.closing(sqlite3.connect(self.path, timeout=self.LOCK_TIMEOUT_S)) as connection:
-                self._check_schema(connection)
-            with self._database as database:
-                for table, rows in batch.tables():
-                    for row in rows:
-                        try:
-                            self._write(database, table, [row])
-                        except sa.exc.StatementError as error:
-                            if not _is_fault_of_a_row(error):
-                                raise
-                            refused.append((table.name, row, _cause(error)))
+        with self._closing_what_fails(), self._dataset as tables:
+            self.file.check_schema(tables.executable.connection.dbapi_connection)
+            for table, rows in batch.tables():
+                for row in rows:
+                    try:
+                        self._write(tables, table, [row])
+                    except sa.exc.StatementError as error:
+                        if not is_fault_of_a_row(error):
+                            raise
+                        refused.append((table, row, cause_of(error)))
         return refused
+
+    def _write(self, tables: Any, name: TableName, rows: list[Row]) -> None:
+        table = tables[name]
+        if "id" in COLUMNS[name]:
+            table.insert_many(rows, chunk_size=len(rows))
+        else:  # keyed; dataset's own upserts take three statements a row
+            insert = sqlite.insert(table.table)
+            key, *others = COLUMNS[name]
+            changes = {column: insert.excluded[column] for column in others}
+            tables.executable.execute(insert.on_conflict_do_update(index_elements=[key], set_=changes), rows)
 
     @contextlib.contextmanager
     def _closing_what_fails(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if not _is_fault_of_a_row(error):
+            if not is_fault_of_a_row(error):
                 self._fail(error)
             raise
 
-    def _write(self, database: Any, table: sa.Table, rows: list[Row]) -> None:
-        if table in UPSERTS:
-            database.executable.execute(UPSERTS[table], rows)
-        else:
-            database[table.name].insert_many(rows, chunk_size=len(rows))
+    def find(self, table: TableName, **wanted: Any) -> list[Row]:
+        """Rows of a table by dataset's `find`, ready to encode. Raises STORE_ERRORS."""
+        return self._read(table, lambda tables: tables[table].find(_step=None, **wanted))
 
-    def find(self, table: sa.Table, **wanted: Any) -> list[Row]:
-        """Rows of a table by dataset's `find`, ready to encode. In the reader's thread."""
-        return self._read(table, lambda database: database[table.name].find(**wanted))
+    def newest_commands(self, limit: int, **wanted: str | None) -> list[Row]:
+        """Command rows that match COMMAND_FILTERS, the latest first: in the order of SQLite's rowid, which a clock that jumps
+        can't disturb and for which `find` has no word. Raises STORE_ERRORS.
+        """
+        conditions = " AND ".join(COMMAND_FILTERS[name] for name in wanted) or "true"
+        question = f"SELECT * FROM command_logs WHERE {conditions} ORDER BY rowid DESC LIMIT :limit"
+        return self._read("command_logs", lambda tables: tables.query(question, limit=limit, _step=None, **wanted))
 
-    def query(self, table: sa.Table, statement: sa.Select[Any]) -> list[Row]:
-        """Rows of a table by a query that `find` has no words for, ready to encode. In the reader's thread."""
-        return self._read(table, lambda database: database.query(statement))
-
-    def _read(self, table: sa.Table, run: Callable[[Any], Iterable[Row]]) -> list[Row]:
-        if self._database is None:
+    def _read(self, table: TableName, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
+        if self._dataset is None:
             raise sqlite3.OperationalError("the database is not open")
         try:
-            with self._database as database:
-                self._asking = database.executable.connection.dbapi_connection
-                return [_presentable(table, row) for row in run(database)]
+            with self._dataset as tables:
+                self._asking = tables.executable.connection.dbapi_connection
+                return [presentable(table, row) for row in ask(tables)]
         except sa.exc.DatabaseError as error:
-            self.is_doubted |= _is_corruption(error)
+            self.file.is_doubted |= is_corruption(error)
             raise
         finally:
             self._asking = None
@@ -1279,26 +1257,139 @@ class DatabaseFile:
         if (connection := self._asking) is not None:
             connection.interrupt()
 
-    def check(self, is_cancelled: Callable[[], bool]) -> None:
-        """Look for damage in the whole file: minutes, for a large one on an SD card. For a thread of its own."""
-        try:
-            with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as connection:
-                connection.set_progress_handler(is_cancelled, 10_000)
-                damage = _quick_check(connection)
-        except OSError:
-            return  # what reads and writes the file will say so
-        except sqlite3.DatabaseError as error:
-            damage = str(error) if _is_corruption(error) else None
-        self.is_doubted |= damage is not None
-
     def close(self) -> None:
-        """Write the write-ahead log into the file and close it. Raises what SQLite raises."""
+        """Write the write-ahead log into the file and close it. Raises STORE_ERRORS."""
         try:
-            if self._database is not None:
-                list(self._database.query("PRAGMA wal_checkpoint(TRUNCATE)"))
+            if self._dataset is not None:
+                list(self._dataset.query("PRAGMA wal_checkpoint(TRUNCATE)"))
         finally:
             self._disconnect()
-            self._release_lock()
+            self.file.unlock()
+
+
+# -- the way in and out ------------------------------------------------------------------------------------------------
+
+
+class Stored(Protocol):
+    """What is kept in a keyed table: it waits as an object and becomes a row when its turn comes."""
+
+    def row(self) -> Row:
+        """The row as it is now."""
+
+
+class Backlog:
+    """What waits to be written, and who waits for it. Belongs to the event loop."""
+
+    # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
+    TELEMETRY_LIMIT_BYTES = 32 << 20
+    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
+    SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
+    MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
+    BATCH_SNAPSHOTS = 2000  # about 11 ms of writing here, so a command's row never waits long behind telemetry
+
+    def __init__(self) -> None:
+        self.known_devices: dict[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
+        self.in_flight = Batch()
+        self.rows_dropped = 0
+        self.is_wanted = asyncio.Event()  # there is something to do ...
+        self.is_urgent = asyncio.Event()  # ... now, not after the commit interval
+        self._devices: dict[str, Stored] = {}
+        self._commands: dict[str, Stored] = {}
+        self._events: list[Row] = []
+        self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
+        self._waiting: list[asyncio.Future[None]] = []  # for the others: devices, commands, events
+        self._snapshot_bytes = 0  # of those that wait or are in flight
+
+    def __len__(self) -> int:
+        """How many rows are not in the file yet."""
+        waiting = len(self._devices) + len(self._commands) + len(self._events) + len(self._snapshots)
+        return waiting + len(self.in_flight)
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether more waits than a disk that keeps up would leave."""
+        return self._snapshot_bytes > self.CONGESTED_BYTES
+
+    def call_writer(self, *, urgent: bool = True) -> None:
+        """Have the writer come, at once or when its interval is over."""
+        self.is_wanted.set()
+        if urgent:
+            self.is_urgent.set()
+
+    def put_device(self, device_id: str, device: Stored, *, urgent: bool) -> None:
+        """See Store."""
+        self.known_devices[device_id] = self._devices[device_id] = device
+        self.call_writer(urgent=urgent)
+
+    def put_command(self, command_id: str, command: Stored) -> None:
+        """See Store."""
+        self._commands[command_id] = command
+        self.call_writer()
+
+    def put_event(self, row: Row) -> bool:
+        """See Store."""
+        if len(self._events) >= self.MAX_EVENTS:
+            self.rows_dropped += 1
+            return False
+        self._events.append(row)
+        self.call_writer()
+        return True
+
+    def put_snapshot(self, row: Row) -> bool:
+        """See Store."""
+        size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"])
+        if self._snapshot_bytes + size_bytes > self.TELEMETRY_LIMIT_BYTES:
+            self.rows_dropped += 1
+            return False
+        self._snapshot_bytes += size_bytes
+        self._snapshots.append(row)
+        self.call_writer(urgent=self.is_congested)
+        return True
+
+    def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
+        """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if behind_snapshots:
+            self._snapshots.append(written)
+        else:
+            self._waiting.append(written)
+        self.call_writer()
+        return written
+
+    def take(self) -> Batch:
+        """Everything for the next batch, of the snapshots the oldest BATCH_SNAPSHOTS. It is in flight until `settle`."""
+        batch = Batch(
+            devices={device_id: device.row() for device_id, device in self._devices.items()},
+            commands=[command.row() for command in self._commands.values()],
+            events=self._events,
+            waiting=self._waiting,
+        )
+        self._devices, self._commands, self._events, self._waiting = {}, {}, [], []
+        while self._snapshots and len(batch.snapshots) < self.BATCH_SNAPSHOTS:
+            item = self._snapshots.popleft()
+            if isinstance(item, asyncio.Future):
+                batch.waiting.append(item)
+            else:
+                batch.snapshots.append(item)
+        if self._snapshots:  # a backlog goes on at once
+            self.is_urgent.set()
+        else:
+            self.is_wanted.clear()
+            self.is_urgent.clear()
+        self.in_flight = batch
+        return batch
+
+    def settle(self) -> None:
+        """What was in flight is written."""
+        batch, self.in_flight = self.in_flight, Batch()
+        self._snapshot_bytes -= sum(self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"]) for row in batch.snapshots)
+        for waiting in batch.waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
+        """The rows, as they are now, of those that are known."""
+        return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1313,19 +1404,13 @@ class StoreHealth:
 
 
 class Store:
-    """The way into the file and out of it. All state belongs to the event loop; two threads block on the disk for it.
+    """The way into the database and out of it. Its state belongs to the event loop; two threads block on the disk for it.
 
     `put_*` never wait: rows gather in memory, and the writer, a task, hands all there are to its thread, one transaction at
     a time. A batch that fails for the disk's sake is kept and tried again until it is in the file; a row that the database
     refuses for its own sake is logged and left out, so that the rest gets in.
     """
 
-    # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
-    TELEMETRY_LIMIT_BYTES = 32 << 20
-    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
-    SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
-    MAX_EVENTS = 20_000  # of the connection history that wait, 600 bytes each
-    BATCH_SNAPSHOTS = 2000  # about 11 ms of writing here, so a command's row never waits long behind telemetry
     RETRY_S = 0.5  # after a failed batch
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
     READ_TIMEOUT_S = 20.0  # contract, section 6
@@ -1333,22 +1418,13 @@ class Store:
     READS_WAITING = 64  # at some milliseconds each
 
     def __init__(self, path: Path, commit_interval_s: float) -> None:
-        self._file = DatabaseFile(path)
+        self._database = Database(path)
+        self._backlog = Backlog()
         self._commit_interval_s = commit_interval_s
-        self._known_devices: dict[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
-        self._devices: dict[str, Stored] = {}
-        self._commands: dict[str, Stored] = {}
-        self._events: list[Row] = []
-        self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
-        self._waiting: list[asyncio.Future[None]] = []  # for the records: devices, commands, events
-        self._snapshot_bytes = 0  # of those that wait or are being written
-        self._in_flight = Batch()
-        self._is_wanted = asyncio.Event()  # there is something to do ...
-        self._is_urgent = asyncio.Event()  # ... now, not after the commit interval
         self._deadline_s = math.inf  # of a stop, for what is queued
         self._failure: str | None = None
         self._writing_since_s: float | None = None
-        self._rows_dropped = self._rows_rejected = 0
+        self._rows_rejected = 0
         self._rejected_commands: deque[str] = deque(maxlen=1000)  # the ids of the latest
         self._restored: Restored | None = None
         self._was_open = False
@@ -1365,31 +1441,28 @@ class Store:
         """
         try:
             await self._open_file()
-        except _STORE_ERRORS as error:
-            self._failure = f"can't open the database {self._file.path}: {_cause(error)}"
-            if not _is_lack_of_room(error):
+        except (*STORE_ERRORS, StartError) as error:
+            self._failure = f"can't open the database {self._database.file.path}: {cause_of(error)}"
+            if isinstance(error, StartError) or not is_lack_of_room(error):
                 self._end_threads()
-                raise StartError(self._failure) from None
-            log.error("database_open_failed", reason=_cause(error))
-            self._call_writer()
-        except StartError:
-            self._end_threads()
-            raise
+                raise error if isinstance(error, StartError) else StartError(self._failure) from None
+            log.error("database_open_failed", reason=cause_of(error))
+            self._backlog.call_writer()
         self._tasks.append(asyncio.create_task(self._write_forever()))
-        if self._file.is_large:
+        if self._database.file.is_large:
             self._tasks.append(asyncio.create_task(self._check()))
 
-    async def _open_file(self) -> None:
-        online = [device_id for device_id, device in self._known_devices.items() if device.row()["is_online"]]
-        async with self._reading:
-            restored = await self._in_writer(self._file.open, online if self._was_open else ())
-        self._restored = restored or self._restored
-        self._was_open = True
-
     def take_restored(self) -> Restored | None:
-        """What the file had when it was opened last; once for every time that it was."""
+        """What the file has, once after every time that one was opened: at the start, or when there was room at last."""
         restored, self._restored = self._restored, None
         return restored
+
+    async def _open_file(self) -> None:
+        online = [key for key, row in self._backlog.device_rows(self._backlog.known_devices).items() if row["is_online"]]
+        async with self._reading:
+            restored = await self._in_writer(self._database.open, online if self._was_open else ())
+        self._restored = restored or self._restored
+        self._was_open = True
 
     async def _in_writer(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._writer_thread, work, *arguments)
@@ -1398,65 +1471,44 @@ class Store:
         self._writer_thread.shutdown(wait=False)
         self._reader_thread.shutdown(wait=False)
 
-    # -- writing: for who puts -----------------------------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------------------------------
 
     def know_device(self, device_id: str, device: Stored) -> None:
         """Remember a device whose row is in the file: a file that takes its place needs it, too."""
-        self._known_devices[device_id] = device
+        self._backlog.known_devices[device_id] = device
 
     def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
         """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
-        self._known_devices[device_id] = self._devices[device_id] = device
-        self._call_writer(urgent=urgent)
+        self._backlog.put_device(device_id, device, urgent=urgent)
 
     def put_event(self, row: Row) -> bool:
         """Append a row of the connection history. False where too many wait and it was dropped."""
-        if len(self._events) >= self.MAX_EVENTS:
-            self._rows_dropped += 1
-            return False
-        self._events.append(row)
-        self._call_writer()
-        return True
+        return self._backlog.put_event(row)
 
-    def put_snapshot(self, device_id: str, device_type: str, state: JsonText, timestamp: datetime) -> bool:
+    def put_snapshot(self, row: Row) -> bool:
         """Append a snapshot. False where the telemetry limit is reached and it was dropped."""
-        size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(state)
-        if self._snapshot_bytes + size_bytes > self.TELEMETRY_LIMIT_BYTES:
-            self._rows_dropped += 1
-            return False
-        self._snapshot_bytes += size_bytes
-        self._snapshots.append(
-            {"device_id": device_id, "device_type": device_type, "state_data": state, "timestamp": timestamp}
-        )
-        self._call_writer(urgent=self._snapshot_bytes > self.CONGESTED_BYTES)
-        return True
+        return self._backlog.put_snapshot(row)
 
     def put_command(self, command_id: str, command: Stored) -> None:
         """Write a command's row."""
-        self._commands[command_id] = command
-        self._call_writer()
+        self._backlog.put_command(command_id, command)
 
     async def commit_command(self, command_id: str, command: Stored, timeout_s: float) -> bool:
         """Write a command's row and wait until it is committed.
 
         False after `timeout_s`, where the database refused the row, and at once when writes fail now.
         """
-        self.put_command(command_id, command)
+        self._backlog.put_command(command_id, command)
         if self.health().reason is not None:
             return False
-        return await self._is_written(self._waiting, timeout_s) and command_id not in self._rejected_commands
+        is_written = await self._wait_for(self._backlog.join(behind_snapshots=False), timeout_s)
+        return is_written and command_id not in self._rejected_commands
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until everything put so far is committed. False after `timeout_s`."""
-        if not self._rows_waiting():
-            return True
-        return await self._is_written(self._snapshots, timeout_s)
+        return not self._backlog or await self._wait_for(self._backlog.join(behind_snapshots=True), timeout_s)
 
-    async def _is_written(self, line: deque[Row | asyncio.Future[None]] | list[asyncio.Future[None]], timeout_s: float) -> bool:
-        """Stand in a line of what waits, until its turn came and all before it is written. False after `timeout_s`."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.append(written)
-        self._call_writer()
+    async def _wait_for(self, written: asyncio.Future[None], timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
                 await written
@@ -1464,79 +1516,35 @@ class Store:
             return False
         return True
 
-    def _call_writer(self, *, urgent: bool = True) -> None:
-        self._is_wanted.set()
-        if urgent:
-            self._is_urgent.set()
-
-    def _rows_waiting(self) -> int:
-        return len(self._devices) + len(self._commands) + len(self._events) + len(self._snapshots) + len(self._in_flight)
-
-    # -- writing: the writer's task ------------------------------------------------------------------------------------
-
     async def _write_forever(self) -> None:
+        """The writer: until a stop, and then until nothing waits or its time is over."""
+        backlog = self._backlog
         due_s = -math.inf
-        while True:
-            await self._is_wanted.wait()
+        while self._deadline_s == math.inf or backlog.is_wanted.is_set():
+            await backlog.is_wanted.wait()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, due_s - time.monotonic())):
-                    await self._is_urgent.wait()
-            self._in_flight = self._take()
-            if not await self._commit_stubbornly(self._in_flight):
-                log.error("rows_lost", rows=self._rows_waiting(), reason=self._failure)
+                    await backlog.is_urgent.wait()
+            if not await self._commit_stubbornly(backlog.take()):
+                log.error("rows_lost", rows=len(backlog), reason=self._failure)
                 return
-            self._settle(self._in_flight)
-            if self._deadline_s < math.inf and not self._is_wanted.is_set():
-                return
+            backlog.settle()
             due_s = time.monotonic() + self._commit_interval_s
-
-    def _take(self) -> Batch:
-        """All records, and of the snapshots the oldest BATCH_SNAPSHOTS."""
-        batch = Batch(
-            devices={device_id: device.row() for device_id, device in self._devices.items()},
-            commands=[command.row() for command in self._commands.values()],
-            events=self._events,
-            waiting=self._waiting,
-        )
-        self._devices, self._commands, self._events, self._waiting = {}, {}, [], []
-        while self._snapshots and len(batch.snapshots) < self.BATCH_SNAPSHOTS:
-            item = self._snapshots.popleft()
-            if isinstance(item, asyncio.Future):
-                batch.waiting.append(item)
-            else:
-                batch.snapshots.append(item)
-        if self._snapshots:  # a backlog goes on at once
-            self._is_urgent.set()
-        else:
-            self._is_wanted.clear()
-            self._is_urgent.clear()
-        return batch
-
-    def _settle(self, batch: Batch) -> None:
-        """What was taken is in the file."""
-        for row in batch.snapshots:
-            self._snapshot_bytes -= self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"])
-        for waiting in batch.waiting:
-            if not waiting.done():
-                waiting.set_result(None)
-        self._in_flight = Batch()
 
     async def _commit_stubbornly(self, batch: Batch) -> bool:
         """Commit the batch, however long that takes. False where a stop gave up on it."""
-        logged_s = -math.inf
         while True:
             self._writing_since_s = time.monotonic()
             try:
                 await self._commit(batch)
                 if self._failure is not None:
-                    log.warning("database_writes_resumed", rows_waiting=self._rows_waiting())
+                    log.warning("database_writes_resumed", rows_waiting=len(self._backlog))
                 self._failure = None
                 return True
-            except (*_STORE_ERRORS, StartError, FileMoved) as error:
-                self._failure = f"can't write the database: {_cause(error)}"
-                if time.monotonic() - logged_s >= 60:
-                    logged_s = time.monotonic()
-                    log.error("database_write_failed", reason=_cause(error), rows_waiting=self._rows_waiting())
+            except (*STORE_ERRORS, StartError, FileMoved) as error:
+                if self._failure is None or not self._was_open:
+                    log.error("database_write_failed", reason=cause_of(error), rows_waiting=len(self._backlog))
+                self._failure = f"can't write the database: {cause_of(error)}"
             finally:
                 self._writing_since_s = None
             if time.monotonic() + self.RETRY_S > self._deadline_s:
@@ -1544,100 +1552,82 @@ class Store:
             await asyncio.sleep(self.RETRY_S)
 
     async def _commit(self, batch: Batch) -> None:
-        if not self._file.is_open:
+        backlog = self._backlog
+        if not self._database.is_usable:
             await self._open_for(batch)
         if not batch:
             return
         try:
-            await self._in_writer(self._file.commit, batch)
-            return
+            await self._in_writer(self._database.commit, batch)
         except FileMoved:
             await self._open_for(batch)
-            await self._in_writer(self._file.commit, batch)
-            return
+            await self._in_writer(self._database.commit, batch)
         except sa.exc.StatementError as error:
-            if not _is_fault_of_a_row(error):
+            if not is_fault_of_a_row(error):
                 raise
-        # Rows of devices that somebody deleted behind our back would be refused for ever.
-        owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
-        batch.devices = self._device_rows(owners) | batch.devices
-        refused = await self._in_writer(self._file.commit_row_by_row, batch)
-        for table, row, reason in refused:
-            log.error("row_rejected", table=table, reason=reason, row=repr(row))
-            if table == COMMAND_LOGS.name:
-                self._rejected_commands.append(row["command_id"])
-        self._rows_rejected += len(refused)
+            # Rows of devices that somebody deleted behind our back would be refused for ever.
+            owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
+            batch.devices = backlog.device_rows(owners) | batch.devices
+            refused = await self._in_writer(self._database.commit_row_by_row, batch)
+            for table, row, reason in refused:
+                log.error("row_rejected", table=table, reason=reason, row=repr(row))
+                if table == "command_logs":
+                    self._rejected_commands.append(row["command_id"])
+            self._rows_rejected += len(refused)
 
     async def _open_for(self, batch: Batch) -> None:
         """Open the file that there is now, and have the batch bring every device that is known."""
         await self._open_file()
-        batch.devices = self._device_rows(self._known_devices) | batch.devices
-
-    def _device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
-        return {key: self._known_devices[key].row() for key in device_ids if key in self._known_devices}
+        batch.devices = self._backlog.device_rows(self._backlog.known_devices) | batch.devices
 
     async def _check(self) -> None:
-        is_over = False
-        checking = asyncio.to_thread(self._file.check, lambda: is_over)
+        is_over = threading.Event()
         try:
-            await checking
+            await asyncio.to_thread(self._database.file.check, is_over.is_set)
         finally:
-            is_over = True
-        if self._file.is_doubted:
-            self._call_writer()
+            is_over.set()
+        if not self._database.is_usable:
+            self._backlog.call_writer()
 
     # -- health --------------------------------------------------------------------------------------------------------
 
     @property
     def is_congested(self) -> bool:
         """Whether telemetry comes in faster than a healthy disk takes it."""
-        return self._failure is None and self._snapshot_bytes > self.CONGESTED_BYTES
+        return self._failure is None and self._backlog.is_congested
 
     @property
     def is_writer_alive(self) -> bool:
-        """Whether the writer's task runs (it does while it waits for a disk that stalls)."""
+        """Whether the writer runs (it does while it waits for a disk that stalls)."""
         return bool(self._tasks) and not self._tasks[0].done()
 
     def health(self) -> StoreHealth:
         """How it goes; never waits."""
-        since_s = self._writing_since_s
+        reason = self._failure
+        stalled_s = 0.0 if self._writing_since_s is None else time.monotonic() - self._writing_since_s
         if not self.is_writer_alive:
-            reason: str | None = "the writer has died"
-        elif self._failure is None and since_s is not None and time.monotonic() - since_s > self.STALLED_S:
-            reason = f"a write has been waiting for the disk for {time.monotonic() - since_s:.0f} s"
-        else:
-            reason = self._failure
-        return StoreHealth(reason, self._file.notice, self._rows_waiting(), self._rows_dropped, self._rows_rejected)
+            reason = "the writer has died"
+        elif reason is None and stalled_s > self.STALLED_S:
+            reason = f"a write has been waiting for the disk for {stalled_s:.0f} s"
+        backlog = self._backlog
+        return StoreHealth(reason, self._database.file.notice, len(backlog), backlog.rows_dropped, self._rows_rejected)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    async def state_history(self, device_id: str, span: HistoryRange) -> list[Row]:
-        """Snapshots of a device, newest first, ready to encode."""
-        return await self._read(self._file.find, SNAPSHOTS, device_id=device_id, **span.filters("timestamp"))
+    async def history(self, table: TableName, limit: int, **wanted: Any) -> list[Row]:
+        """Rows of a history by dataset's `find`, newest first, ready to encode. Raises GatewayError, see `_read`."""
+        return await self._read(functools.partial(self._database.find, table, order_by="-id", _limit=limit, **wanted))
 
-    async def connection_history(self, device_id: str, event: str | None, span: HistoryRange) -> list[Row]:
-        """Connection events of a device, newest first, ready to encode; `event` None is any."""
-        wanted = {"device_id": device_id} | ({} if event is None else {"event": event})
-        return await self._read(self._file.find, CONNECTION_LOGS, **wanted, **span.filters("timestamp"))
-
-    async def command_logs(self, status: str | None, device_type: str | None, span: HistoryRange) -> list[Row]:
-        """Command rows, newest first, ready to encode; None is any."""
-        statement = sa.select(COMMAND_LOGS).order_by(_COMMAND_ORDER.desc()).limit(span.limit)
-        for column, value in ((COMMAND_LOGS.c.status, status), (COMMAND_LOGS.c.device_type, device_type)):
-            if value is not None:
-                statement = statement.where(column == value)
-        if span.since is not None:
-            statement = statement.where(COMMAND_LOGS.c.created_at >= span.since)
-        if span.until is not None:
-            statement = statement.where(COMMAND_LOGS.c.created_at <= span.until)
-        return await self._read(self._file.query, COMMAND_LOGS, statement=statement)
+    async def newest_commands(self, limit: int, **wanted: str | None) -> list[Row]:
+        """Command rows that match COMMAND_FILTERS, newest first, ready to encode. Raises GatewayError, see `_read`."""
+        return await self._read(functools.partial(self._database.newest_commands, limit, **wanted))
 
     async def command(self, command_id: str) -> Row | None:
-        """One command row, ready to encode, or None."""
-        rows = await self._read(self._file.find, COMMAND_LOGS, command_id=command_id)
+        """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
+        rows = await self._read(functools.partial(self._database.find, "command_logs", command_id=command_id))
         return rows[0] if rows else None
 
-    async def _read(self, ask: Callable[..., list[Row]], table: sa.Table, **wanted: Any) -> list[Row]:
+    async def _read(self, question: Callable[[], list[Row]]) -> list[Row]:
         """Ask in the reader's thread, after all that was put so far is in the file.
 
         Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already.
@@ -1650,24 +1640,26 @@ class Store:
                 if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
                     raise GatewayError(Code.STORE_UNAVAILABLE, self._failure or "the database is too slow at the moment")
                 async with self._reading:
-                    return await self._ask(functools.partial(ask, table, **wanted))
+                    return await self._ask(question)
         except TimeoutError:
             raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
-        except _STORE_ERRORS as error:
-            if not self._file.is_open:
-                self._call_writer()
-            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {_cause(error)}") from None
+        except STORE_ERRORS as error:
+            if not self._database.is_usable:
+                self._backlog.call_writer()
+            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
         finally:
             self._reads_waiting -= 1
 
     async def _ask(self, question: Callable[[], list[Row]]) -> list[Row]:
-        """Have a question answered; whose asker is gone is broken off, and over before this ends."""
+        """Have a question answered. One whose asker is gone is broken off, and over when this ends."""
         answer = asyncio.get_running_loop().run_in_executor(self._reader_thread, question)
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            self._file.interrupt()
-            await asyncio.wait((answer,), timeout=1)
+            while not answer.done():  # an interrupt that comes before the query is none
+                self._database.interrupt()
+                await asyncio.wait((answer,), timeout=0.05)
+            answer.exception()
             raise
 
     # -- closing -------------------------------------------------------------------------------------------------------
@@ -1676,19 +1668,19 @@ class Store:
         """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
         self._deadline_s = time.monotonic() + timeout_s
         is_clean = self.is_writer_alive
-        self._call_writer()
+        self._backlog.call_writer()
         try:
             async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
                 await asyncio.wait(self._tasks[:1])
-                is_clean = is_clean and self._tasks[0].exception() is None and not self._rows_waiting()
+                is_clean = is_clean and self._tasks[0].exception() is None and not self._backlog
                 async with self._reading:
-                    await self._in_writer(self._file.close)
+                    await self._in_writer(self._database.close)
         except TimeoutError:
             is_clean = False
-            log.error("database_close_timeout", rows=self._rows_waiting(), timeout_s=timeout_s)
-        except _STORE_ERRORS as error:
+            log.error("database_close_timeout", rows=len(self._backlog), timeout_s=timeout_s)
+        except STORE_ERRORS as error:
             is_clean = False
-            log.error("database_close_failed", reason=_cause(error))
+            log.error("database_close_failed", reason=cause_of(error))
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -1761,9 +1753,9 @@ class Device:
             "device_id": self.device_id,
             "device_type": self.device_type,
             "is_online": self.is_online,
-            "last_heartbeat": self.last_heartbeat,
-            "connected_at": self.connected_at,
-            "disconnected_at": self.disconnected_at,
+            "last_heartbeat": stored_time(self.last_heartbeat),
+            "connected_at": stored_time(self.connected_at),
+            "disconnected_at": stored_time(self.disconnected_at),
             "metadata_json": self.metadata,
         }
 
@@ -1983,9 +1975,9 @@ class Command:
             "command_name": self.command_name,
             "payload": self.payload,
             "status": self.status,
-            "created_at": self.created_at,
-            "executed_at": self.executed_at,
-            "completed_at": self.completed_at,
+            "created_at": stored_time(self.created_at),
+            "executed_at": stored_time(self.executed_at),
+            "completed_at": stored_time(self.completed_at),
             "response_data": to_json(self.answers) if self.answers else None,
             "target_device_count": self.target_device_count,
             "success_count": len(self.succeeded),
@@ -2216,7 +2208,7 @@ class Gateway:
             "device_id": device.device_id,
             "device_type": device.device_type,
             "event": event,
-            "timestamp": moment,
+            "timestamp": stored_time(moment),
             "details": to_json(details),
         }
         self.repeats.info(f"device_{event}", device.device_id, device_id=device.device_id, **details)
@@ -2254,7 +2246,13 @@ class Gateway:
         device = self._admit(connection, message)
         state, now = to_json(message.payload), utc_now()
         self.registry.update(device, state, now)
-        if not self._store.put_snapshot(device.device_id, device.device_type, state, now):
+        row = {
+            "device_id": device.device_id,
+            "device_type": device.device_type,
+            "state_data": state,
+            "timestamp": stored_time(now),
+        }
+        if not self._store.put_snapshot(row):
             self.repeats.warning("snapshots_dropped", "", device_id=device.device_id)
 
     def acknowledge(self, connection: Connection, message: CommandAck) -> None:
@@ -2670,54 +2668,72 @@ def error_response(error: GatewayError) -> web.Response:
     return json_response({"error": str(error), "error_code": error.code.name}, error.status)
 
 
-def _query(request: web.Request, *known: str) -> dict[str, str]:
-    """The query's parameters. Raises INVALID_FIELD_VALUE for one that the route doesn't have, or that is given twice."""
-    query = request.query
-    for name in query:
-        if name not in known:
-            offer = f"known here: {', '.join(known)}" if known else "there are none here"
-            raise GatewayError(Code.INVALID_FIELD_VALUE, f"unknown query parameter {name[:64]!r}; {offer}")
-        if len(query.getall(name)) > 1:
-            raise GatewayError(Code.INVALID_FIELD_VALUE, f"query parameter {name!r} is given more than once")
-    return dict(query)
+class NoQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """No parameters."""
 
 
-def _one_of(query: Mapping[str, str], name: str, values: Sequence[str]) -> str | None:
-    value = query.get(name)
-    if value is not None and value not in values:
-        raise GatewayError(Code.INVALID_FIELD_VALUE, f"{name} is {value[:64]!r}: it must be one of {', '.join(values)}")
-    return value
+class DevicesQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`GET /devices`."""
+
+    device_type: str | None = None
+    online: Literal["true", "false"] | None = None
 
 
-def _span(query: Mapping[str, str]) -> HistoryRange:
-    return HistoryRange(
-        limit=_whole_number(query, "limit", 1, 1000) or 100,
-        since=_moment(query, "since"),
-        until=_moment(query, "until"),
-        before_id=_whole_number(query, "before_id", 1, 2**63 - 1),
-    )
+class RangeQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What every history takes."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    since: Moment | None = None
+    until: Moment | None = None
 
 
-def _whole_number(query: Mapping[str, str], name: str, low: int, high: int) -> int | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise GatewayError(Code.INVALID_FIELD_VALUE, f"{name} is {text[:64]!r}: it must be a whole number from {low} to {high}")
-    return int(text)
+class HistoryQuery(RangeQuery, kw_only=True):
+    """`GET /state-history/{device_id}`."""
+
+    before_id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
+
+    def filters(self) -> dict[str, Any]:
+        """The rows that are wanted, in the words of dataset's `find`."""
+        times = {op: stored_time(time) for op, time in ((">=", self.since), ("<=", self.until)) if time is not None}
+        return ({"timestamp": times} if times else {}) | ({"id": {"<": self.before_id}} if self.before_id else {})
 
 
-def _moment(query: Mapping[str, str], name: str) -> datetime | None:
-    """An ISO 8601 time as naive UTC. A `+` that nobody escaped arrives as a space, and is meant as what it was."""
-    text = query.get(name)
-    if text is None:
-        return None
+class EventsQuery(HistoryQuery, kw_only=True):
+    """`GET /device-connection-history/{device_id}`."""
+
+    event: Literal["connected", "disconnected", "timeout"] | None = None
+
+
+class CommandLogsQuery(RangeQuery, kw_only=True):
+    """`GET /command-logs`."""
+
+    status: Literal["created", "sent", "ack_success", "ack_error", "ack_timeout", "no_devices"] | None = None
+    device_type: str | None = None
+
+
+class CommandQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`POST /command`; the values are looked at with those of the body."""
+
+    device_type: str | None = None
+    device_id: str | None = None
+    command_name: str | None = None
+    payload: str | None = None
+    timeout: str | None = None
+    wait: str | None = None
+
+
+def parse_query(request: web.Request, kind: type[AnyStruct]) -> AnyStruct:
+    """The query's parameters. Raises GatewayError for one that the route doesn't have, that is given twice or can't be."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, text in request.query.items():
+        if name in values:
+            raise GatewayError(Code.INVALID_FIELD_VALUE, f"query parameter {name[:64]!r} is given more than once")
+        values[name] = from_text(text, kinds.get(name, str))
     try:
-        return naive_utc(datetime.fromisoformat(re.sub(r"(:.*) (\d\d:?\d\d)$", r"\1+\2", text.upper())))
-    except (ValueError, OverflowError):
-        raise GatewayError(
-            Code.INVALID_FIELD_VALUE, f"{name} is {text[:64]!r}: it must be an ISO 8601 time such as 2026-01-24T10:30:45Z"
-        ) from None
+        return convert_fields(values, kind)
+    except GatewayError as error:
+        raise GatewayError(Code.INVALID_FIELD_VALUE, f"in the query: {error}") from None
 
 
 async def _body(request: web.Request) -> bytes:
@@ -2940,7 +2956,7 @@ class RestApi:
 
     async def health(self, request: web.Request) -> web.Response:
         """`GET /health`: open to all; without the token, where one is set, it says no more than the status."""
-        _query(request)
+        parse_query(request, NoQuery)
         health = self._gateway.health()
         status = 200 if health["status"] == "ok" else 503
         if not _shows_token(request, self._settings.api_token):
@@ -2949,52 +2965,56 @@ class RestApi:
 
     async def devices(self, request: web.Request) -> web.Response:
         """`GET /devices`."""
-        query = _query(request, "device_type", "online")
-        online = _one_of(query, "online", ("true", "false"))
-        devices = self._gateway.registry.matching(
-            query.get("device_type"), is_online=None if online is None else online == "true"
-        )
+        query = parse_query(request, DevicesQuery)
+        is_online = None if query.online is None else query.online == "true"
+        devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
         return json_response({"total": len(devices), "devices": [device.record() for device in devices]})
 
     async def device(self, request: web.Request) -> web.Response:
         """`GET /devices/{device_id}`."""
-        _query(request)
+        parse_query(request, NoQuery)
         return json_response(self._gateway.registry.get(request.match_info["device_id"]).record())
 
     async def command(self, request: web.Request) -> web.Response:
         """`POST /command`."""
-        query = _query(request, "device_type", "device_id", "command_name", "payload", "timeout", "wait")
-        wanted = decode_command(query, await _body(request))
+        parse_query(request, CommandQuery)
+        wanted = decode_command(request.query, await _body(request))
         command = await self._gateway.route_command(wanted)
         if wanted.wait:
             await self._gateway.wait_for_answers(command, wanted.wait)
-        return json_response(command.record(with_answers=wanted.wait > 0))
+        return json_response(command.record(with_answers=bool(wanted.wait)))
 
     async def state_history(self, request: web.Request) -> web.Response:
         """`GET /state-history/{device_id}`."""
-        span = _span(_query(request, "limit", "since", "until", "before_id"))
-        device = self._gateway.registry.get(request.match_info["device_id"])
-        states = await self._store.state_history(device.device_id, span)
-        return json_response({"device_id": device.device_id, "total": len(states), "states": states})
+        query = parse_query(request, HistoryQuery)
+        device_id = self._gateway.registry.get(request.match_info["device_id"]).device_id
+        states = await self._store.history("device_state_snapshots", query.limit, device_id=device_id, **query.filters())
+        return json_response({"device_id": device_id, "total": len(states), "states": states})
 
     async def connection_history(self, request: web.Request) -> web.Response:
         """`GET /device-connection-history/{device_id}`."""
-        query = _query(request, "limit", "since", "until", "before_id", "event")
-        event, span = _one_of(query, "event", CONNECTION_EVENTS), _span(query)
-        device = self._gateway.registry.get(request.match_info["device_id"])
-        events = await self._store.connection_history(device.device_id, event, span)
-        return json_response({"device_id": device.device_id, "total": len(events), "events": events})
+        query = parse_query(request, EventsQuery)
+        device_id = self._gateway.registry.get(request.match_info["device_id"]).device_id
+        wanted = {"device_id": device_id, **query.filters()} | ({"event": query.event} if query.event else {})
+        events = await self._store.history("device_connection_logs", query.limit, **wanted)
+        return json_response({"device_id": device_id, "total": len(events), "events": events})
 
     async def command_logs(self, request: web.Request) -> web.Response:
         """`GET /command-logs`."""
-        query = _query(request, "limit", "since", "until", "status", "device_type")
-        status, span = _one_of(query, "status", COMMAND_STATUSES), _span(query)
-        logs = await self._store.command_logs(status, query.get("device_type"), span)
+        query = parse_query(request, CommandLogsQuery)
+        wanted = {
+            "status": query.status,
+            "device_type": query.device_type,
+            "since": stored_time(query.since),
+            "until": stored_time(query.until),
+        }
+        given = {name: value for name, value in wanted.items() if value is not None}
+        logs = await self._store.newest_commands(query.limit, **given)
         return json_response({"total": len(logs), "logs": logs})
 
     async def command_log(self, request: web.Request) -> web.Response:
         """`GET /command-logs/{command_id}`."""
-        _query(request)
+        parse_query(request, NoQuery)
         command_id = request.match_info["command_id"]
         row = await self._store.command(command_id)
         if row is None:
