@@ -52,18 +52,19 @@ import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import sys
 import threading
 import time
 import urllib.parse
 import uuid
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, get_args
 
 import aiohttp
 import dataset
@@ -326,6 +327,7 @@ class Code(enum.Enum):
     DEVICE_NOT_FOUND = 404, "a device that was never seen"
     COMMAND_NOT_FOUND = 404, "a command that doesn't exist, or was never sent to the device that answers it"
     METHOD_NOT_ALLOWED = 405, "the route exists, with another method"
+    DEVICE_ONLINE = 409, "a device that can be deleted only when it is offline"
     REQUEST_TIMEOUT = 408, "a body that doesn't arrive"
     PAYLOAD_TOO_LARGE = 413, "a body over the limit, or a command that no board could take"
     UNSUPPORTED_MEDIA_TYPE = 415, "a body that is compressed or in another charset than UTF-8"
@@ -352,71 +354,6 @@ class StartError(Exception):
     """The gateway can't start; the text is the one line that says why."""
 
 
-# -- events that repeat ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(slots=True)
-class _Window:
-    """A minute of one event about one subject."""
-
-    level: int
-    began_s: float
-    logged: int = 0
-    suppressed: int = 0
-    fields: dict[str, object] = dataclasses.field(default_factory=dict)
-
-
-class RepeatLog:
-    """Logs events that hostile or broken peers can repeat without end: a few in a minute, the rest counted.
-
-    The count goes out with a `repeats` field when the minute is over. For the event loop's thread only.
-    """
-
-    WINDOW_S = 60.0
-    MAX_KEYS = 1000  # a flood of new keys costs a bounded amount of memory: those over it share one key an event
-
-    def __init__(self) -> None:
-        self._windows: dict[tuple[str, str], _Window] = {}
-
-    def warning(self, event: str, subject: str, *, burst: int = 1, **fields: Any) -> None:
-        """Log `event` about `subject` (a device id, a peer) unless `burst` such lines went out within the minute."""
-        self._emit(logging.WARNING, event, subject, burst, fields)
-
-    def info(self, event: str, subject: str, *, burst: int = 1, **fields: Any) -> None:
-        """The same at level info."""
-        self._emit(logging.INFO, event, subject, burst, fields)
-
-    def report(self) -> None:
-        """Log the counts of every minute that is over, and forget it. Called about once a second."""
-        now_s = time.monotonic()
-        for key in [key for key, window in self._windows.items() if now_s - window.began_s >= self.WINDOW_S]:
-            self._close(key)
-
-    def report_all(self) -> None:
-        """Log all counts that are open, at a stop."""
-        for key in list(self._windows):
-            self._close(key)
-
-    def _close(self, key: tuple[str, str]) -> None:
-        window = self._windows.pop(key)
-        if window.suppressed:
-            log.log(window.level, key[0], repeats=window.suppressed, **window.fields)
-
-    def _emit(self, level: int, event: str, subject: str, burst: int, fields: dict[str, object]) -> None:
-        key = (event, subject)
-        if key not in self._windows and len(self._windows) >= self.MAX_KEYS:
-            key = (event, "")
-        window = self._windows.get(key)
-        if window is None:
-            window = self._windows[key] = _Window(level, time.monotonic())
-        window.fields = fields
-        if window.logged < burst:
-            window.logged += 1
-            log.log(level, event, **fields)
-        else:
-            window.suppressed += 1
-
-
 # ======================================================================================================================
 # Messages
 # ======================================================================================================================
@@ -436,6 +373,10 @@ DEVICE_ID_PATTERN = r"[A-Za-z0-9._-]{1,64}"  # contract, section 2
 DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50)]
 CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 DeviceId = Annotated[str, msgspec.Meta(pattern=rf"\A{DEVICE_ID_PATTERN}\Z", title="1 to 64 of A-Z a-z 0-9 . _ -")]
+DeviceIds = Annotated[
+    list[DeviceId],
+    msgspec.Meta(min_length=1, max_length=1000, title="one device_id or several, 1 to 64 of A-Z a-z 0-9 . _ - each"),
+]
 Moment = Annotated[datetime, msgspec.Meta(title="an ISO 8601 time such as 2026-01-24T10:30:45Z")]
 
 
@@ -489,13 +430,25 @@ AnyBoardMessage = Registration | Heartbeat | Status | CommandAck | ErrorReport |
 BOARD_MESSAGES: Mapping[str, type[BoardMessage]] = {str(kind.__struct_config__.tag): kind for kind in get_args(AnyBoardMessage)}
 
 
+class Deadman(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What a device gets when no other command reaches it within `after` seconds (contract, section 4)."""
+
+    after: Annotated[float, msgspec.Meta(ge=0.2, le=60)]
+    command_name: CommandName
+    payload: dict[str, Any] | None = None
+
+
+EVERY_TYPE = "*"  # contract, section 6: as a target every device online, in a row devices of several types
+
+
 class CommandRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`POST /command`, whatever form it came in (contract, section 6). `timeout` and `wait` in seconds; None is left out."""
 
     command_name: CommandName
     device_type: DeviceType | None = None
-    device_id: DeviceId | None = None
+    device_id: DeviceIds | None = None  # `decode_command` takes one as a text, too
     payload: dict[str, Any] | None = None
+    deadman: Deadman | None = None
     timeout: Annotated[float, msgspec.Meta(ge=1, le=300)] | None = None
     wait: Annotated[float, msgspec.Meta(ge=0, le=60)] | None = None
 
@@ -555,6 +508,8 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
         if twice := sorted(fields.keys() & content.keys()):
             raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(twice)}: given in the query and in the body")
         fields |= content
+    if isinstance(fields.get("device_id"), str):
+        fields["device_id"] = fields["device_id"].split(",")
     request = convert_fields(fields, CommandRequest)
     if request.device_type is None and request.device_id is None:
         raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` (or `device_id`)")
@@ -594,7 +549,7 @@ def explained(error: Exception, values: Any, kind: type[msgspec.Struct]) -> Gate
         return GatewayError(Code.INVALID_MESSAGE, f"not valid JSON: {str(error).partition(' (')[0]}")
     reason, _, path = str(error).partition(" - at `$")
     kinds = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    name = path.strip(".`")
+    name = path.strip(".`").partition("[")[0]
     if "missing required field" in reason:
         return GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field {reason.rpartition(' ')[2]}")
     if "unknown field" in reason:
@@ -706,6 +661,8 @@ JSON_COLUMNS = frozenset({"metadata_json", "state_data", "payload", "response_da
 TIME_COLUMNS = frozenset(
     {"last_heartbeat", "connected_at", "disconnected_at", "timestamp", "created_at", "executed_at", "completed_at"}
 )
+
+IN_THE_FILE = "null"  # as a device's metadata: leave what the file has
 
 COMMAND_FILTERS = {
     "status": "status = :status",
@@ -1034,6 +991,7 @@ class Database:
     that somebody moved, removed or replaced.
     """
 
+    RESTORED_DEVICES = 10_000  # as many as are kept in memory
     RESTORED_CLOSED_COMMANDS = 1000  # the latest that still lack answers
     RESTORED_BYTES = 8 << 20  # of the commands' contents, so that a start takes no more than the run before it
 
@@ -1137,19 +1095,22 @@ class Database:
         return list(tables.query(f"SELECT * FROM {name} WHERE id IN ({newest})"))
 
     def _load_devices(self, tables: Any) -> list[Row]:
-        devices: dict[str, Row] = {row["device_id"]: row for row in tables["devices"].find()}
-        for row in devices.values():
-            for name in ("last_heartbeat", "connected_at", "disconnected_at"):
-                row[name] = read_time(row[name])
-            row["device_type"] = row["device_type"] or ""
-            row["connected_at"] = row["connected_at"] or row["last_heartbeat"] or utc_now()
-            row["metadata_json"] = "{}" if row["metadata_json"] is None else read_json(row["metadata_json"])
-            row["state"] = row["state_timestamp"] = None
+        """Those that were seen last, RESTORED_DEVICES of them."""
+        latest = tables["devices"].find(order_by="-last_heartbeat", _limit=self.RESTORED_DEVICES)
+        devices = {row["device_id"]: self._device_row(row) for row in latest}
         for snapshot in self._latest(tables, "device_state_snapshots"):
-            device = devices[snapshot["device_id"]]
-            device["state"] = read_json(snapshot["state_data"])
-            device["state_timestamp"] = read_time(snapshot["timestamp"])
+            if (device := devices.get(snapshot["device_id"])) is not None:
+                device["state"] = read_json(snapshot["state_data"])
+                device["state_timestamp"] = read_time(snapshot["timestamp"])
         return list(devices.values())
+
+    def _device_row(self, row: Row) -> Row:
+        for name in ("last_heartbeat", "connected_at", "disconnected_at"):
+            row[name] = read_time(row[name])
+        row["device_type"] = row["device_type"] or ""
+        row["connected_at"] = row["connected_at"] or row["last_heartbeat"] or utc_now()
+        row["metadata_json"] = "{}" if row["metadata_json"] in (None, IN_THE_FILE) else read_json(row["metadata_json"])
+        return row | {"state": None, "state_timestamp": None}
 
     def _load_commands(self, tables: Any) -> list[Row]:
         """Of the open commands all, but for the oldest that would take more than RESTORED_BYTES, which end as `ack_timeout`;
@@ -1215,7 +1176,10 @@ class Database:
         else:  # keyed; dataset's own upserts take three statements a row
             insert = sqlite.insert(table.table)
             key, *others = COLUMNS[name]
-            changes = {column: insert.excluded[column] for column in others}
+            changes: dict[str, Any] = {column: insert.excluded[column] for column in others}
+            if name == "devices":
+                kept = insert.excluded.metadata_json == IN_THE_FILE
+                changes["metadata_json"] = sa.case((kept, table.table.c.metadata_json), else_=insert.excluded.metadata_json)
             tables.executable.execute(insert.on_conflict_do_update(index_elements=[key], set_=changes), rows)
 
     @contextlib.contextmanager
@@ -1239,13 +1203,25 @@ class Database:
         question = f"SELECT * FROM command_logs WHERE {conditions} ORDER BY rowid DESC LIMIT :limit"
         return self._read("command_logs", lambda tables: tables.query(question, limit=limit, _step=None, **wanted))
 
-    def _read(self, table: TableName, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
+    def device(self, device_id: str) -> list[Row]:
+        """The row of a device, as in Restored, or none. Raises STORE_ERRORS."""
+        return self._read(None, lambda tables: map(self._device_row, list(tables["devices"].find(device_id=device_id))))
+
+    def delete_some(self, table: TableName, device_id: str, limit: int) -> int:
+        """Delete up to `limit` rows of a device, and return how many it were. In the writer's thread. Raises STORE_ERRORS."""
+        with self._closing_what_fails(), self._dataset as tables:
+            key = "id" if "id" in COLUMNS[table] else "device_id"
+            some = f"SELECT {key} FROM {table} WHERE device_id = :device_id LIMIT :limit"
+            deleted = tables.query(f"DELETE FROM {table} WHERE {key} IN ({some}) RETURNING 1", device_id=device_id, limit=limit)
+            return len(list(deleted))
+
+    def _read(self, table: TableName | None, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
         if self._dataset is None:
             raise sqlite3.OperationalError("the database is not open")
         try:
             with self._dataset as tables:
                 self._asking = tables.executable.connection.dbapi_connection
-                return [presentable(table, row) for row in ask(tables)]
+                return [row if table is None else presentable(table, row) for row in ask(tables)]
         except sa.exc.DatabaseError as error:
             self.file.is_doubted |= is_corruption(error)
             raise
@@ -1284,6 +1260,7 @@ class Backlog:
     TELEMETRY_LIMIT_BYTES = 32 << 20
     CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
     SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
+    MIN_SHARES = 32  # no device may have more than this part of the limit
     MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
     BATCH_SNAPSHOTS = 2000  # about 11 ms of writing here, so a command's row never waits long behind telemetry
 
@@ -1299,6 +1276,7 @@ class Backlog:
         self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
         self._waiting: list[asyncio.Future[None]] = []  # for the others: devices, commands, events
         self._snapshot_bytes = 0  # of those that wait or are in flight
+        self._shares: Counter[str] = Counter()  # the same for each device that has any
 
     def __len__(self) -> int:
         """How many rows are not in the file yet."""
@@ -1335,12 +1313,18 @@ class Backlog:
         self.call_writer()
         return True
 
+    def has_its_share(self, device_id: str) -> bool:
+        """Whether as much of a device waits as it may have, whatever others do."""
+        return self._shares[device_id] > self.TELEMETRY_LIMIT_BYTES // max(self.MIN_SHARES, len(self._shares))
+
     def put_snapshot(self, row: Row) -> bool:
         """See Store."""
         size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"])
-        if self._snapshot_bytes + size_bytes > self.TELEMETRY_LIMIT_BYTES:
+        device_id = row["device_id"]
+        if self._snapshot_bytes > self.TELEMETRY_LIMIT_BYTES and self.has_its_share(device_id):
             self.rows_dropped += 1
             return False
+        self._shares[device_id] += size_bytes
         self._snapshot_bytes += size_bytes
         self._snapshots.append(row)
         self.call_writer(urgent=self.is_congested)
@@ -1382,10 +1366,24 @@ class Backlog:
     def settle(self) -> None:
         """What was in flight is written."""
         batch, self.in_flight = self.in_flight, Batch()
-        self._snapshot_bytes -= sum(self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"]) for row in batch.snapshots)
+        for row in batch.snapshots:
+            size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"])
+            self._snapshot_bytes -= size_bytes
+            self._shares[row["device_id"]] -= size_bytes
+            if self._shares[row["device_id"]] <= 0:
+                del self._shares[row["device_id"]]
         for waiting in batch.waiting:
             if not waiting.done():
                 waiting.set_result(None)
+
+    def is_device_waiting(self, device_id: str) -> bool:
+        """See Store."""
+        return device_id in self._devices or device_id in self.in_flight.devices
+
+    def forget_device(self, device_id: str) -> None:
+        """See Store."""
+        self.known_devices.pop(device_id, None)
+        self._devices.pop(device_id, None)
 
     def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
         """The rows, as they are now, of those that are known."""
@@ -1415,6 +1413,7 @@ class Store:
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
     READ_TIMEOUT_S = 20.0  # contract, section 6
     FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
+    DELETED_AT_ONCE = 500  # rows: some milliseconds
     READS_WAITING = 64  # at some milliseconds each
 
     def __init__(self, path: Path, commit_interval_s: float) -> None:
@@ -1486,8 +1485,42 @@ class Store:
         return self._backlog.put_event(row)
 
     def put_snapshot(self, row: Row) -> bool:
-        """Append a snapshot. False where the telemetry limit is reached and it was dropped."""
+        """Append a snapshot. False where the limit is reached, and the device's share of it, and it was dropped."""
         return self._backlog.put_snapshot(row)
+
+    def has_its_share_waiting(self, device_id: str) -> bool:
+        """Whether as much of a device's telemetry waits as it may have."""
+        return self._backlog.has_its_share(device_id)
+
+    def is_device_waiting(self, device_id: str) -> bool:
+        """Whether a change of a device isn't in the file yet."""
+        return self._backlog.is_device_waiting(device_id)
+
+    def forget_device(self, device_id: str) -> None:
+        """The opposite of `know_device`: what the file has of it stays there."""
+        self._backlog.forget_device(device_id)
+
+    async def delete_device(self, device_id: str, is_back: Callable[[], bool]) -> dict[str, int]:
+        """Delete a device's snapshots, its connection history and then itself, in steps between batches.
+
+        Ends early where it is back meanwhile. Returns how many snapshots and events it were. Raises STORE_UNAVAILABLE.
+        """
+        deleted = {"snapshots": 0, "events": 0}
+        steps: tuple[tuple[str, TableName], ...]
+        steps = ("snapshots", "device_state_snapshots"), ("events", "device_connection_logs"), ("", "devices")
+        try:
+            await self.flush(self.READ_TIMEOUT_S)
+            for name, table in steps:
+                while not is_back():
+                    count = await self._in_writer(self._database.delete_some, table, device_id, self.DELETED_AT_ONCE)
+                    if name:
+                        deleted[name] += count
+                    if count < self.DELETED_AT_ONCE:
+                        break
+        except STORE_ERRORS as error:
+            self._backlog.call_writer()
+            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
+        return deleted
 
     def put_command(self, command_id: str, command: Stored) -> None:
         """Write a command's row."""
@@ -1592,11 +1625,6 @@ class Store:
     # -- health --------------------------------------------------------------------------------------------------------
 
     @property
-    def is_congested(self) -> bool:
-        """Whether telemetry comes in faster than a healthy disk takes it."""
-        return self._failure is None and self._backlog.is_congested
-
-    @property
     def is_writer_alive(self) -> bool:
         """Whether the writer runs (it does while it waits for a disk that stalls)."""
         return bool(self._tasks) and not self._tasks[0].done()
@@ -1625,6 +1653,11 @@ class Store:
     async def command(self, command_id: str) -> Row | None:
         """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
         rows = await self._read(functools.partial(self._database.find, "command_logs", command_id=command_id))
+        return rows[0] if rows else None
+
+    async def device(self, device_id: str) -> Row | None:
+        """The row of a device, as in Restored, or None. Raises GatewayError, see `_read`."""
+        rows = await self._read(functools.partial(self._database.device, device_id))
         return rows[0] if rows else None
 
     async def _read(self, question: Callable[[], list[Row]]) -> list[Row]:
@@ -1693,6 +1726,50 @@ class Store:
 # Devices
 # ======================================================================================================================
 
+Value = TypeVar("Value")
+
+
+class Bounded(Generic[Value]):
+    """A dictionary with a limit of entries and of bytes: what is newest wins, and the oldest make room."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self.max_entries = max_entries
+        self.max_bytes = max_bytes
+        self.gave_way = 0  # entries that had to make room, of all time
+        self.size_bytes = 0
+        self._entries: OrderedDict[str, tuple[Value, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter([value for value, _ in self._entries.values()])
+
+    def get(self, key: str) -> Value | None:
+        """The value, or None."""
+        value, _ = self._entries.get(key, (None, 0))
+        return value
+
+    def pop(self, key: str) -> None:
+        """Take an entry out, if it is in."""
+        _, size_bytes = self._entries.pop(key, (None, 0))
+        self.size_bytes -= size_bytes
+
+    def put(self, key: str, value: Value, size_bytes: int, *, is_news: bool = True) -> list[Value]:
+        """Put a value in, which is the newest then, or (without `is_news`) as old as it was. Returns those that gave way."""
+        _, before_bytes = self._entries.get(key, (None, 0))
+        self._entries[key] = value, size_bytes
+        self.size_bytes += size_bytes - before_bytes
+        if is_news:
+            self._entries.move_to_end(key)
+        gone: list[Value] = []
+        while (len(self._entries) > self.max_entries or self.size_bytes > self.max_bytes) and len(self._entries) > 1:
+            oldest = next(other for other in self._entries if other != key)
+            gone.append(self._entries[oldest][0])
+            self.pop(oldest)
+        self.gave_way += len(gone)
+        return gone
+
 
 class Connection(ABC):
     """One board's connection, from the handshake to its end. A newer one has a higher `serial`."""
@@ -1705,7 +1782,8 @@ class Connection(ABC):
         self.peer = peer
         self.device: Device | None = None  # once registered
         self.opened_s = time.monotonic()
-        self.last_message_s = self.opened_s
+        self.last_message_s = self.heard_s = self.opened_s  # `heard_s` counts pongs, too
+        self.pinged_s: float | None = None  # when the ping went out whose pong hasn't come yet
         self.has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
         self.is_over = asyncio.Event()  # the TCP connection is gone, or about to go
 
@@ -1714,17 +1792,16 @@ class Connection(ABC):
         """Hand one text frame to the network without waiting for the board. False where the board doesn't take it."""
 
     @abstractmethod
-    def hang_up(self, code: int, reason: str) -> None:
-        """End it from this side. What still arrives counts for nothing, at once.
+    async def ping(self) -> None:
+        """Send a ping, without waiting for the board."""
+
+    @abstractmethod
+    def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
+        """End it from this side.
 
         The close frame, the bounded wait for the board's echo and the end of the TCP connection follow by themselves;
-        `is_over` tells. Only the first call says why.
+        `is_over` tells. What still arrives marks nobody online. Only the first call says why.
         """
-
-    @property
-    @abstractmethod
-    def is_hung_up(self) -> bool:
-        """Whether `hang_up` was called."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1734,21 +1811,30 @@ class Device:
     device_id: str
     device_type: str
     connected_at: datetime
-    metadata: JsonText = "{}"
+    metadata: JsonText | None = "{}"  # None: it gave way to that of others, and is in the file
     last_heartbeat: datetime | None = None
     disconnected_at: datetime | None = None
     state: JsonText | None = None
     state_timestamp: datetime | None = None
+    alert: Row | None = None  # the latest, in memory only
+    deadman: ArmedDeadman | None = None
     connection: Connection | None = None
     saved_s: float = -math.inf  # monotonic time of the last row handed to the store
+    takeovers: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=10))  # the latest, monotonic
+    unlogged_takeovers: int = 0
 
     @property
     def is_online(self) -> bool:
         """Whether a registered connection is there now."""
         return self.connection is not None
 
+    @property
+    def content_bytes(self) -> int:
+        """What its state and metadata take."""
+        return len(self.metadata or "") + len(self.state or "")
+
     def row(self) -> Row:
-        """The device as a row of the table."""
+        """The device as a row of the table. Metadata that is only in the file stays there (see Database)."""
         return {
             "device_id": self.device_id,
             "device_type": self.device_type,
@@ -1756,12 +1842,12 @@ class Device:
             "last_heartbeat": stored_time(self.last_heartbeat),
             "connected_at": stored_time(self.connected_at),
             "disconnected_at": stored_time(self.disconnected_at),
-            "metadata_json": self.metadata,
+            "metadata_json": IN_THE_FILE if self.metadata is None else self.metadata,
         }
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> Row:
         """The device as answers show it (contract, section 6), ready to encode."""
-        metadata = raw(self.metadata)
+        metadata = raw(self.metadata or "{}")
         return {
             "device_id": self.device_id,
             "device_type": self.device_type,
@@ -1773,67 +1859,66 @@ class Device:
             "metadata": metadata,
             "state": None if self.state is None else raw(self.state),
             "state_timestamp": format_time(self.state_timestamp),
+            "alert": self.alert,
+            "deadman_at": None if self.deadman is None else format_time(self.deadman.due_at),
         }
+
+    @classmethod
+    def restore(cls, row: Row) -> Device:
+        """A device of an earlier run, from its row (see Restored); it is offline."""
+        names = ("device_id", "device_type", "connected_at", "last_heartbeat", "disconnected_at", "state", "state_timestamp")
+        return cls(metadata=row["metadata_json"], **{name: row[name] for name in names})
 
 
 class Registry:
     """Every device known, by id. The truth about who is online."""
 
-    # Ids are free to invent for whoever reaches the port, and each is kept for ever: 10,000 cost about 10 MB, and what
-    # they say of themselves on top. GET /devices says it all at once.
+    # Ids are free to invent for whoever reaches the port: 10,000 cost about 10 MB, and what they say of themselves on top.
     MAX_DEVICES = 10_000
     MAX_CONTENT_BYTES = 16 << 20
 
-    def __init__(self) -> None:
+    def __init__(self, is_waiting: Callable[[str], bool]) -> None:
+        """`is_waiting` says of a device's id whether its row isn't in the file yet: then its metadata can't give way."""
+        self._is_waiting = is_waiting
         self._devices: dict[str, Device] = {}
-        self._content_bytes = 0
+        self._contents: Bounded[Device] = Bounded(self.MAX_DEVICES, self.MAX_CONTENT_BYTES)
+        self.forgotten = 0  # devices that made room for newer ones, and are only in the file
 
     def __len__(self) -> int:
         return len(self._devices)
 
-    def add(self, device: Device) -> None:
-        """Take a device in. Raises RESOURCE_EXHAUSTED when there are too many."""
-        if len(self._devices) >= self.MAX_DEVICES:
-            raise GatewayError(
-                Code.RESOURCE_EXHAUSTED, f"{self.MAX_DEVICES} devices are known already; no new device_id is taken"
-            )
-        self._keep(device)
+    @property
+    def contents_gave_way(self) -> int:
+        """How often a device's state and metadata made room for those of another."""
+        return self._contents.gave_way
 
-    def restore(self, device: Device) -> None:
-        """Take in a device of an earlier run, however many there are."""
-        self._keep(device)
-
-    def _keep(self, device: Device) -> None:
+    def add(self, device: Device) -> Device | None:
+        """Take a device in. Returns the one that was longest away, where it has to make room."""
         self._devices[device.device_id] = device
-        self._content_bytes += memory_bytes(device.metadata) + memory_bytes(device.state)
+        self.keep_content(device)
+        if len(self._devices) <= self.MAX_DEVICES:
+            return None
+        offline = (other for other in self._devices.values() if not other.is_online and other is not device)
+        oldest = min(offline, key=lambda other: other.last_heartbeat or other.connected_at, default=None)
+        if oldest is not None:
+            self.forgotten += 1
+            self.remove(oldest)
+        return oldest
 
-    def describe(self, device: Device, metadata: JsonText) -> None:
-        """Keep a device's metadata. Raises RESOURCE_EXHAUSTED."""
-        self._grow(memory_bytes(metadata) - memory_bytes(device.metadata))
-        device.metadata = metadata
+    def remove(self, device: Device) -> None:
+        """Forget a device."""
+        self._devices.pop(device.device_id, None)
+        self._contents.pop(device.device_id)
 
-    def update(self, device: Device, state: JsonText, moment: datetime) -> None:
-        """Keep a device's latest state. Raises RESOURCE_EXHAUSTED."""
-        self._grow(memory_bytes(state) - memory_bytes(device.state))
-        device.state, device.state_timestamp = state, moment
-
-    def _grow(self, growth_bytes: int) -> None:
-        if growth_bytes > 0 and self._content_bytes + growth_bytes > self.MAX_CONTENT_BYTES:
-            raise GatewayError(
-                Code.RESOURCE_EXHAUSTED, f"metadata and states of all devices take {self.MAX_CONTENT_BYTES} bytes already"
-            )
-        self._content_bytes += growth_bytes
+    def keep_content(self, device: Device) -> None:
+        """Count what a device's state and metadata take now. Those that changed longest ago make room."""
+        for other in self._contents.put(device.device_id, device, device.content_bytes):
+            other.state = None
+            other.metadata = other.metadata if self._is_waiting(other.device_id) else None
 
     def find(self, device_id: str) -> Device | None:
         """The device, or None where never seen."""
         return self._devices.get(device_id)
-
-    def get(self, device_id: str) -> Device:
-        """The device. Raises DEVICE_NOT_FOUND."""
-        device = self._devices.get(device_id)
-        if device is None:
-            raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
-        return device
 
     def matching(self, device_type: str | None = None, *, is_online: bool | None = None) -> list[Device]:
         """The devices of a type (exactly) and of a state; None is any."""
@@ -1867,38 +1952,32 @@ class Command:
     is_open: bool = True
     executed_at: datetime | None = None
     completed_at: datetime | None = None
+    deadman: Deadman | None = None
     recipients: set[str] | None = dataclasses.field(default_factory=set)
     answers: dict[str, msgspec.Raw] = dataclasses.field(default_factory=dict)
-    content_bytes: int = 0  # memory of payload and answers
+    answer_bytes: int = 0
     succeeded: set[str] = dataclasses.field(default_factory=set)
     failed: set[str] = dataclasses.field(default_factory=set)
+    alerts: list[Row] = dataclasses.field(default_factory=list)  # of its targets, while somebody waits for the answers
     is_persisted: bool = True
     released: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # nobody need wait for answers any more
     expiry: asyncio.TimerHandle | None = None
 
+    OVERHEAD_BYTES: ClassVar[int] = 1500  # of the object and its parts
     ANSWER_OVERHEAD_BYTES: ClassVar[int] = 200  # of a dictionary's entry and its key
-
-    def __post_init__(self) -> None:
-        self.content_bytes = memory_bytes(self.payload)
 
     @classmethod
     def restore(cls, row: Row, timeout_s: float) -> Command:
         """A command of an earlier run, from its row."""
+        names = ("command_id", "device_type", "command_name", "payload", "status", "created_at", "executed_at", "completed_at")
         command = cls(
-            command_id=row["command_id"],
-            device_type=row["device_type"],
-            command_name=row["command_name"],
-            payload=row["payload"],
             timeout_s=timeout_s,
-            status=row["status"],
             is_open=row["status"] in OPEN_STATUSES,
-            created_at=row["created_at"],
-            executed_at=row["executed_at"],
-            completed_at=row["completed_at"],
             target_device_count=row["target_device_count"] or 0,
             recipients=None,
+            **{name: row[name] for name in names},
         )
-        answers = json_decoder.decode(row["response_data"] or "{}")  # deeper than what comes in: `_clean_json` let it pass
+        answers = json_decoder.decode(row["response_data"] or "{}")  # deeper than what comes in: `read_json` let it pass
         if isinstance(answers, dict):  # the earlier backend left there what it liked
             for device_id, answer in answers.items():
                 command._keep_answer(device_id, answer)
@@ -1906,9 +1985,17 @@ class Command:
                     (command.succeeded if answer["status"] == "success" else command.failed).add(device_id)
         return command
 
+    @property
+    def content_bytes(self) -> int:
+        """What it takes in memory."""
+        return self.OVERHEAD_BYTES + len(self.payload) + self.answer_bytes
+
     def frame(self) -> str:
-        """The frame for the boards: seven keys, in the order that the boards in the field need (contract, section 3)."""
-        return to_json(
+        """The frame for the boards: seven keys, in the order that the boards in the field need (contract, section 3).
+
+        Raises PAYLOAD_TOO_LARGE.
+        """
+        frame = to_json(
             {
                 "message_type": "command",
                 "command_id": self.command_id,
@@ -1919,13 +2006,19 @@ class Command:
                 "payload": raw(self.payload),
             }
         )
+        if (size_bytes := len(frame.encode())) > MAX_COMMAND_FRAME_BYTES:
+            raise GatewayError(
+                Code.PAYLOAD_TOO_LARGE,
+                f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most",
+            )
+        return frame
 
     def may_be_answered_by(self, device: Device) -> bool:
         """Whether the command was sent to the device, as far as is known."""
         if self.recipients is None:
             answered = self.succeeded | self.failed
             is_missing = len(answered) < self.target_device_count
-            return (device.device_id in answered or is_missing) and device.device_type == self.device_type
+            return (device.device_id in answered or is_missing) and self.device_type in (device.device_type, EVERY_TYPE)
         return device.device_id in self.recipients
 
     def record_answer(self, device_id: str, ack: CommandAck) -> bool:
@@ -1959,7 +2052,7 @@ class Command:
     def _keep_answer(self, device_id: str, answer: object) -> None:
         encoded = to_json(answer).encode()
         self.answers[device_id] = msgspec.Raw(encoded)
-        self.content_bytes += self.ANSWER_OVERHEAD_BYTES + len(encoded)
+        self.answer_bytes += self.ANSWER_OVERHEAD_BYTES + len(encoded)
 
     def conclude(self, status: str) -> None:
         """No answer is awaited any more."""
@@ -1983,9 +2076,9 @@ class Command:
             "success_count": len(self.succeeded),
         }
 
-    def record(self, *, with_answers: bool) -> dict[str, object]:
+    def record(self, *, with_answers: bool) -> Row:
         """The command as `POST /command` answers it (contract, section 6), ready to encode."""
-        record: dict[str, object] = {
+        record: Row = {
             "command_id": self.command_id,
             "device_type": self.device_type,
             "command_name": self.command_name,
@@ -1995,11 +2088,20 @@ class Command:
             "target_device_count": self.target_device_count,
             "success_count": len(self.succeeded),
         }
+        if self.deadman is not None:
+            record["deadman"] = self.deadman
         if with_answers:
-            record["response_data"] = self.answers or None
-        if not self.is_persisted:
-            record["persisted"] = False
-        return record
+            record |= {"response_data": self.answers or None, "alerts": self.alerts}
+        return record if self.is_persisted else record | {"persisted": False}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArmedDeadman:
+    """What a device gets when no other command reaches it in time (contract, section 4)."""
+
+    armed_by: Command
+    due_s: float  # monotonic
+    due_at: datetime  # the same for people
 
 
 class Commands:
@@ -2007,73 +2109,45 @@ class Commands:
 
     MAX_OPEN = 5000
     MAX_CLOSED = 2000
-    MAX_CONTENT_BYTES = 16 << 20  # payloads and answers, of those that are open and of the others: 1,000 of the largest
+    MAX_CONTENT_BYTES = 16 << 20  # of those that are open and of the others: 1,000 of the largest payloads
 
     def __init__(self) -> None:
-        self._open: dict[str, Command] = {}
-        self._closed: dict[str, Command] = {}
-        self._open_bytes = self._closed_bytes = 0
+        self.open: Bounded[Command] = Bounded(self.MAX_OPEN, self.MAX_CONTENT_BYTES)
+        self._closed: Bounded[Command] = Bounded(self.MAX_CLOSED, self.MAX_CONTENT_BYTES)
 
-    def __len__(self) -> int:
-        """How many are open."""
-        return len(self._open)
-
-    def add(self, command: Command) -> None:
-        """Take an open command in. Raises RESOURCE_EXHAUSTED when too many are open."""
-        if len(self._open) >= self.MAX_OPEN or self._open_bytes + command.content_bytes > self.MAX_CONTENT_BYTES:
-            raise GatewayError(
-                Code.RESOURCE_EXHAUSTED, f"{len(self._open)} commands are waiting for answers; try again when some are finished"
-            )
-        self._keep(command)
-
-    def restore(self, command: Command) -> None:
-        """Take in a command of an earlier run, however many there are."""
-        self._keep(command)
-
-    def _keep(self, command: Command) -> None:
+    def add(self, command: Command) -> list[Command]:
+        """Take a command in. Returns open ones, the oldest, that have to end early to make room."""
         if command.is_open:
-            self._open[command.command_id] = command
-            self._open_bytes += command.content_bytes
-        else:
-            self.close(command)
+            return self.open.put(command.command_id, command, command.content_bytes)
+        self.close(command)
+        return []
 
     def find(self, command_id: str) -> Command | None:
         """The command, open or closed lately, or None."""
-        return self._open.get(command_id) or self._closed.get(command_id)
+        return self.open.get(command_id) or self._closed.get(command_id)
 
     def record_answer(self, command: Command, device_id: str, ack: CommandAck) -> bool:
-        """See Command. It is closed when its last answer is there; over MAX_CONTENT_BYTES answers lose their payload."""
-        is_late = command.command_id in self._closed
-        before_bytes = command.content_bytes
-        if (self._closed_bytes if is_late else self._open_bytes) > self.MAX_CONTENT_BYTES:
+        """See Command. It is closed with its last answer; where answers take too much, they are counted without payload."""
+        if command.answer_bytes > self.MAX_CONTENT_BYTES // 2:
             ack.payload = None
         is_new = command.record_answer(device_id, ack)
-        growth_bytes = command.content_bytes - before_bytes
-        if is_late:
-            self._closed_bytes += growth_bytes
+        if command.is_open:
+            self.open.put(command.command_id, command, command.content_bytes, is_news=False)
         else:
-            self._open_bytes += growth_bytes
-            if not command.is_open:
-                self.close(command)
+            self.close(command)
         return is_new
 
     def close(self, command: Command) -> None:
-        """Keep a command for late answers only. The oldest of those are forgotten when they are too many."""
+        """Keep a command for late answers only."""
         if command.expiry is not None:
             command.expiry.cancel()
             command.expiry = None
-        if self._open.pop(command.command_id, None) is not None:
-            self._open_bytes -= command.content_bytes
-        if command.command_id not in self._closed:
-            self._closed[command.command_id] = command
-            self._closed_bytes += command.content_bytes
-        while len(self._closed) > self.MAX_CLOSED or self._closed_bytes > self.MAX_CONTENT_BYTES:
-            oldest = self._closed.pop(next(iter(self._closed)))
-            self._closed_bytes -= oldest.content_bytes
+        self.open.pop(command.command_id)
+        self._closed.put(command.command_id, command, command.content_bytes, is_news=False)
 
     def release_all(self) -> None:
         """For a stop: who waits gets the command as it is, no timer is left, and what is open stays so in the database."""
-        for command in self._open.values():
+        for command in self.open:
             if command.expiry is not None:
                 command.expiry.cancel()
                 command.expiry = None
@@ -2088,6 +2162,219 @@ CLOSE_REPLACED = 4000  # contract, section 3
 CLOSE_TIMED_OUT = 4001
 
 
+class Dispatch:
+    """Commands on their way: to whom they go, what comes back, and the deadmen that go with them."""
+
+    PERSIST_TIMEOUT_S = 1.0  # contract, section 6: the longest that a store holds a command up
+    TURN_TARGETS = 64  # about 2 ms of sending, then the others have their turn
+    MAX_ALERTS = 100  # in an answer
+
+    def __init__(self, settings: Settings, store: Store, registry: Registry) -> None:
+        self._settings = settings
+        self._store = store
+        self._registry = registry
+        self.commands = Commands()
+        self._awaited: set[Command] = set()  # those whose caller waits for the answers
+        self._deadmen: dict[str, Device] = {}  # the devices that have one armed
+        self._firing: set[asyncio.Task[None]] = set()
+
+    async def route(self, request: CommandRequest) -> Command:
+        """Create a command, commit its row, send it to all targets at once, and return it as sent or without devices.
+
+        A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. Raises DEVICE_NOT_FOUND,
+        INVALID_FIELD_VALUE, PAYLOAD_TOO_LARGE.
+        """
+        device_type, targets = self._targets(request)
+        if request.deadman is not None:  # a bad one is refused whole
+            self._build(device_type, request.deadman.command_name, request.deadman.payload, targets).frame()
+        command = self._build(device_type, request.command_name, request.payload, targets)
+        command.timeout_s = float(request.timeout or command.timeout_s)
+        command.deadman = request.deadman
+        frame = command.frame()
+        self._enter(command)
+        command.is_persisted = await self._store.commit_command(command.command_id, command, self.PERSIST_TIMEOUT_S)
+        await self._send(command, frame, targets)
+        return command
+
+    def _build(self, device_type: str, name: str, payload: dict[str, Any] | None, targets: Collection[Device]) -> Command:
+        return Command(
+            device_type=device_type,
+            command_name=name,
+            payload=to_json(payload or {}),
+            timeout_s=self._settings.command_timeout_s,
+            target_device_count=len(targets),
+            created_at=utc_now(),
+        )
+
+    def _enter(self, command: Command) -> None:
+        """Have the command among the open ones, where it has targets. Whatever happens to its caller, it ends."""
+        if command.target_device_count == 0:
+            command.conclude(NO_DEVICES)
+            return
+        self._expire_later(command, self.PERSIST_TIMEOUT_S + command.timeout_s)
+        for oldest in self.commands.add(command):
+            log.warning("open_command_ended_early", command_id=oldest.command_id, reason="newer ones need its place")
+            self._expire(oldest)
+
+    def take_up(self, row: Row) -> None:
+        """Know a command of an earlier run. What was open is open again, for the default timeout."""
+        if self.commands.find(row["command_id"]) is None:
+            command = Command.restore(row, self._settings.command_timeout_s)
+            self.commands.add(command)
+            if command.is_open:
+                self._expire_later(command, command.timeout_s)
+
+    async def wait_for_answers(self, command: Command, timeout_s: float) -> None:
+        """Return when the command is finished, the time is over, or the gateway stops."""
+        self._awaited.add(command)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await command.released.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._awaited.discard(command)
+
+    def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
+        """The type of the row, and the devices that are online of those that are meant."""
+        if request.device_id is None:
+            assert request.device_type is not None
+            wanted = None if request.device_type == EVERY_TYPE else request.device_type
+            return request.device_type, self._registry.matching(wanted, is_online=True)
+        found = {device_id: self._registry.find(device_id) for device_id in request.device_id}
+        if unknown := [device_id for device_id, device in found.items() if device is None]:
+            raise GatewayError(Code.DEVICE_NOT_FOUND, f"never seen: {', '.join(unknown)[:300]}")
+        devices = [device for device in found.values() if device is not None]
+        for device in devices:
+            if request.device_type not in (None, EVERY_TYPE, device.device_type):
+                raise GatewayError(
+                    Code.INVALID_FIELD_VALUE, f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
+                )
+        types = {device.device_type for device in devices}
+        return types.pop() if len(types) == 1 else EVERY_TYPE, [device for device in devices if device.is_online]
+
+    def explain_no_devices(self, request: CommandRequest) -> str:
+        """Why a command found none: which ids are offline, or which types there are and how many of each are online."""
+        if request.device_id is not None:
+            return f"offline: {', '.join(request.device_id)}"
+        online = Counter(device.device_type for device in self._registry.matching() if device.is_online)
+        known = sorted({device.device_type for device in self._registry.matching()})
+        types = ", ".join(f"{name} ({online[name]} online)" for name in known[:50]) or "none yet"
+        return f"no device of type {request.device_type} is online; types known: {types}"
+
+    async def _send(self, command: Command, frame: str, targets: Collection[Device]) -> None:
+        """Send a command to its targets, all at once, and save what became of it."""
+        assert command.recipients is not None
+        for number, device in enumerate(targets, start=1):
+            # Noted before the frame goes: the fastest boards answer within 2 ms.
+            command.recipients.add(device.device_id)
+            if device.connection is not None and await device.connection.send(frame):
+                self._arm(device, command)
+                if command.status == CREATED:
+                    command.status = SENT
+                command.executed_at = command.executed_at or utc_now()
+            else:
+                command.recipients.discard(device.device_id)
+                log.warning("command_not_taken", device_id=device.device_id, command=command.command_id)
+            if number % self.TURN_TARGETS == 0:
+                await asyncio.sleep(0)
+        if targets and not command.recipients:
+            command.conclude(NO_DEVICES)
+            self.commands.close(command)
+        elif command.is_open:
+            self._expire_later(command, command.timeout_s)
+        self._store.put_command(command.command_id, command)
+        log.info(
+            "command_routed",
+            command_id=command.command_id,
+            command_name=command.command_name,
+            device_type=command.device_type,
+            status=command.status,
+            targets=command.target_device_count,
+        )
+
+    # -- answers and their end -----------------------------------------------------------------------------------------
+
+    def acknowledge(self, device: Device, message: CommandAck) -> None:
+        """A board answers a command. Raises COMMAND_NOT_FOUND."""
+        command = self.commands.find(message.command_id)
+        if command is None or not command.may_be_answered_by(device):
+            raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
+        if self.commands.record_answer(command, device.device_id, message):
+            self._store.put_command(command.command_id, command)
+            log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
+
+    def record_alert(self, device: Device, alert: Row) -> None:
+        """A board raised an alert: who waits for its answer gets to see it (a locked wheel sends nothing else)."""
+        for command in self._awaited:
+            if command.recipients and device.device_id in command.recipients and len(command.alerts) < self.MAX_ALERTS:
+                command.alerts.append({"device_id": device.device_id, **alert})
+
+    def _expire_later(self, command: Command, delay_s: float) -> None:
+        if command.expiry is not None:
+            command.expiry.cancel()
+        command.expiry = asyncio.get_running_loop().call_later(delay_s, self._expire, command)
+
+    def _expire(self, command: Command) -> None:
+        command.conclude(ACK_TIMEOUT if command.status in OPEN_STATUSES else command.status)
+        self.commands.close(command)
+        self._store.put_command(command.command_id, command)
+        log.info("command_unanswered", command_id=command.command_id, status=command.status, answers=len(command.answers))
+
+    # -- deadmen -------------------------------------------------------------------------------------------------------
+
+    def _arm(self, device: Device, command: Command) -> None:
+        """A command reached a device: it disarms the deadman that it had, and arms its own."""
+        self.disarm(device)
+        if command.deadman is not None:
+            after_s = command.deadman.after
+            device.deadman = ArmedDeadman(command, time.monotonic() + after_s, utc_now() + timedelta(seconds=after_s))
+            self._deadmen[device.device_id] = device
+            asyncio.get_running_loop().call_later(after_s, self.fire_due)
+
+    def disarm(self, device: Device) -> None:
+        """Nothing is due to the device any more."""
+        device.deadman = None
+        self._deadmen.pop(device.device_id, None)
+
+    def fire_due(self, *, is_stopping: bool = False) -> None:
+        """Send what is due, at a stop whatever is armed: one command for all devices that are due by the same one.
+
+        A device that is offline keeps its deadman until it registers again.
+        """
+        now_s = time.monotonic() + 0.001  # the loop's timers are that early
+        due: dict[Command, list[Device]] = {}
+        for device in self._deadmen.values():
+            if device.deadman is not None and device.is_online and (is_stopping or device.deadman.due_s <= now_s):
+                due.setdefault(device.deadman.armed_by, []).append(device)
+        for armed_by, devices in due.items():
+            assert armed_by.deadman is not None
+            types = {device.device_type for device in devices}
+            device_type = types.pop() if len(types) == 1 else EVERY_TYPE
+            command = self._build(device_type, armed_by.deadman.command_name, armed_by.deadman.payload, devices)
+            for device in devices:
+                self.disarm(device)
+            log.warning("deadman_fired", command_id=command.command_id, armed_by=armed_by.command_id, targets=len(devices))
+            task = asyncio.create_task(self._fire(command, armed_by, devices))
+            self._firing.add(task)
+            task.add_done_callback(self._firing.discard)
+
+    async def _fire(self, command: Command, armed_by: Command, devices: list[Device]) -> None:
+        """Stopping a robot waits for no disk: the frames go first, and the row follows."""
+        self._enter(command)
+        await self._send(command, command.frame(), devices)
+        for device in devices:
+            if command.recipients is not None and device.device_id not in command.recipients and device.deadman is None:
+                device.deadman = ArmedDeadman(armed_by, time.monotonic(), utc_now())  # for when it is back
+                self._deadmen[device.device_id] = device
+
+    async def stop(self) -> None:
+        """Send every armed deadman, and await no more answers."""
+        self.fire_due(is_stopping=True)
+        await asyncio.gather(*self._firing)
+        self.commands.release_all()
+
+
 class Gateway:
     """What happens when. Owns the registry, the commands, the connections and the way into the store.
 
@@ -2095,52 +2382,40 @@ class Gateway:
     """
 
     HEARTBEAT_SAVE_INTERVAL_S = 60.0  # a device's last activity reaches the disk this often, and at its end
-    PERSIST_TIMEOUT_S = 1.0  # contract, section 6: the longest that a store holds a command up
     STOP_TIMEOUT_S = 5.0  # for all boards to echo the close
-    TURN_TARGETS = 64  # about 2 ms of sending, then the others have their turn
+    LOOKUP_TIMEOUT_S = 1.0  # for what a file knows of a device that isn't in memory any more
+    MAX_TAKEOVERS = 10  # in TAKEOVER_WINDOW_S, then they are counted and not written (contract, section 5)
+    TAKEOVER_WINDOW_S = 60.0
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
-        self.registry = Registry()
-        self.commands = Commands()
-        self.repeats = RepeatLog()
+        self.registry = Registry(store.is_device_waiting)
+        self.dispatch = Dispatch(settings, store, self.registry)
         self.is_stopping = False
+        self._lane = asyncio.Lock()  # for boards that flood, one at a time
         self._connections: set[Connection] = set()
-        self._started_s = time.monotonic()
+        self._started_s = self._swept_s = time.monotonic()
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     def take_up(self, restored: Restored) -> None:
         """Know what a file has: its devices, which are offline, and its open commands, which are open again."""
         for row in restored.devices:
-            device = self.registry.find(row["device_id"])
-            if device is None:
-                device = Device(
-                    device_id=row["device_id"],
-                    device_type=row["device_type"],
-                    connected_at=row["connected_at"],
-                    last_heartbeat=row["last_heartbeat"],
-                    disconnected_at=row["disconnected_at"],
-                    state=row["state"],
-                    state_timestamp=row["state_timestamp"],
-                    metadata=row["metadata_json"],
-                )
-                self.registry.restore(device)
-                self._store.know_device(device.device_id, device)
+            if self.registry.find(row["device_id"]) is None:
+                self._know(Device.restore(row))
         for row in restored.commands:
-            if self.commands.find(row["command_id"]) is None:
-                command = Command.restore(row, self._settings.command_timeout_s)
-                self.commands.restore(command)
-                if command.is_open:
-                    self._expire_later(command, command.timeout_s)
+            self.dispatch.take_up(row)
         if restored.devices or restored.commands:
-            log.info("restored", devices=len(restored.devices), open_commands=len(self.commands))
+            log.info("restored", devices=len(restored.devices), open_commands=len(self.dispatch.commands.open))
 
     async def stop(self) -> None:
-        """Take no more commands, log every board off and close its connection with 1001. Bounded by STOP_TIMEOUT_S."""
+        """Take no more commands, stop what a deadman stops, log every board off and close its connection with 1001.
+
+        Acknowledgements that arrive before a board's echo still count. Bounded by STOP_TIMEOUT_S.
+        """
         self.is_stopping = True
-        self.commands.release_all()
+        await self.dispatch.stop()
         leaving = list(self._connections)
         for connection in leaving:
             self.end(connection, WSCloseCode.GOING_AWAY, "the gateway stops")
@@ -2148,20 +2423,62 @@ class Gateway:
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
                 for connection in leaving:
                     await connection.is_over.wait()
-        self.repeats.report_all()
+
+    # -- devices -------------------------------------------------------------------------------------------------------
+
+    def _know(self, device: Device) -> None:
+        self._store.know_device(device.device_id, device)
+        if (forgotten := self.registry.add(device)) is not None:
+            self._store.forget_device(forgotten.device_id)
+
+    async def find_device(self, device_id: str) -> Device:
+        """The device, looked up in the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
+        device = self.registry.find(device_id)
+        if (device is None or device.metadata is None) and (self.registry.forgotten or self.registry.contents_gave_way):
+            with contextlib.suppress(GatewayError, TimeoutError):
+                async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
+                    row = await self._store.device(device_id)
+                if device is not None:
+                    device.metadata = row["metadata_json"] if row else "{}"
+                elif row is not None:
+                    self._know(device := Device.restore(row))
+        if device is None:
+            raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
+        return device
+
+    async def delete_device(self, device_id: str) -> dict[str, int]:
+        """Forget a device, its snapshots and its connection history: how many of each.
+
+        Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
+        """
+        device = await self.find_device(device_id)
+        if device.is_online:
+            raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} is online; only one that is offline can be deleted")
+        self.dispatch.disarm(device)
+        self.registry.remove(device)
+        self._store.forget_device(device_id)
+        deleted = await self._store.delete_device(device_id, lambda: self.registry.find(device_id) is not None)
+        log.info("device_deleted", device_id=device_id, **deleted)
+        return deleted
+
+    def _save_device(self, device: Device, *, urgent: bool = True) -> None:
+        device.saved_s = time.monotonic()
+        self._store.put_device(device.device_id, device, urgent=urgent)
 
     # -- connections ---------------------------------------------------------------------------------------------------
 
-    def opened(self, connection: Connection) -> None:
-        """A handshake is done. Nobody is online by that."""
+    async def opened(self, connection: Connection) -> None:
+        """A handshake is done. Nobody is online by that; what the file knows of the device is looked up where it has to be."""
         self._connections.add(connection)
         if self.is_stopping:
             self.end(connection, WSCloseCode.GOING_AWAY, "the gateway stops")
+        with contextlib.suppress(GatewayError):
+            await self.find_device(connection.device_id)
 
     def end(self, connection: Connection, code: int, reason: str, event: str = DISCONNECTED) -> None:
         """End a connection from this side: its device is offline at once."""
         self._go_offline(connection, event, code, reason)
-        connection.hang_up(code, reason)
+        connection.hang_up(code, reason, event)
 
     def closed(self, connection: Connection, event: str, code: int | None, reason: str) -> None:
         """A connection is over; `event` is `disconnected` or `timeout`. Its device goes offline if it didn't by `end`."""
@@ -2173,26 +2490,39 @@ class Gateway:
         now = utc_now()
         if device is None:
             device = Device(connection.device_id, device_type, connected_at=now)
-            self.registry.add(device)
-        elif device.connection is not None:
-            self._replace(device, device.connection, connection, now)
+            self._know(device)
+        is_logged = device.connection is None or self._replace(device, device.connection, connection, now)
         device.device_type = device_type
         device.connected_at = device.last_heartbeat = now
         device.disconnected_at = None
         device.connection = connection
         connection.device = device
         self._save_device(device)
-        self._log_event(device, CONNECTED, {"peer": connection.peer}, now)
+        if is_logged:
+            self._log_event(device, CONNECTED, {"peer": connection.peer}, now)
+        if device.deadman is not None:
+            self.dispatch.fire_due()
         return device
 
-    def _replace(self, device: Device, previous: Connection, connection: Connection, now: datetime) -> None:
-        """The newer connection wins, also where the older one registers last. At no moment the device reads as offline."""
+    def _replace(self, device: Device, previous: Connection, connection: Connection, now: datetime) -> bool:
+        """The newer connection wins, also where the older one registers last. At no moment the device reads as offline.
+
+        Returns whether it is written: two boards with one id would fill the history.
+        """
         reason = "replaced by a newer connection"
         if previous.serial > connection.serial:
             connection.hang_up(CLOSE_REPLACED, reason)
             raise GatewayError(Code.UNAUTHORIZED, "a newer connection of this device is registered")
-        self._log_event(device, DISCONNECTED, self._end_details(previous, CLOSE_REPLACED, "replaced"), now)
+        device.takeovers.append(time.monotonic())
+        within_s = device.takeovers[-1] - device.takeovers[0]
+        is_logged = len(device.takeovers) < self.MAX_TAKEOVERS or within_s > self.TAKEOVER_WINDOW_S
+        if is_logged:
+            self._log_event(device, DISCONNECTED, self._end_details(previous, CLOSE_REPLACED, "replaced"), now)
+        else:
+            device.unlogged_takeovers += 1
+            log.warning("takeovers_not_written", device_id=device.device_id, reason="two boards have this device_id")
         previous.hang_up(CLOSE_REPLACED, reason)
+        return is_logged
 
     def _go_offline(self, connection: Connection, event: str, code: int | None, reason: str) -> None:
         device = connection.device
@@ -2203,7 +2533,9 @@ class Gateway:
         self._save_device(device)
         self._log_event(device, event, self._end_details(connection, code, reason), device.disconnected_at)
 
-    def _log_event(self, device: Device, event: str, details: dict[str, Any], moment: datetime) -> None:
+    def _log_event(self, device: Device, event: str, details: Row, moment: datetime) -> None:
+        if device.unlogged_takeovers:
+            details["takeovers"], device.unlogged_takeovers = device.unlogged_takeovers, 0
         row = {
             "device_id": device.device_id,
             "device_type": device.device_type,
@@ -2211,229 +2543,122 @@ class Gateway:
             "timestamp": stored_time(moment),
             "details": to_json(details),
         }
-        self.repeats.info(f"device_{event}", device.device_id, device_id=device.device_id, **details)
+        log.info(f"device_{event}", device_id=device.device_id, **details)
         if not self._store.put_event(row):
-            self.repeats.warning("event_dropped", device.device_id, device_id=device.device_id, dropped=event)
+            log.warning("event_dropped", device_id=device.device_id, dropped=event)
 
-    def _end_details(self, connection: Connection, code: int | None, reason: str) -> dict[str, object]:
+    def _end_details(self, connection: Connection, code: int | None, reason: str) -> Row:
         seconds = round(time.monotonic() - connection.opened_s, 3)
         code = None if code is None else int(code)
         return {"reason": reason, "code": code, "peer": connection.peer, "seconds_connected": seconds}
 
-    def _save_device(self, device: Device, *, urgent: bool = True) -> None:
-        device.saved_s = time.monotonic()
-        self._store.put_device(device.device_id, device, urgent=urgent)
-
     # -- what boards say -----------------------------------------------------------------------------------------------
 
-    def register(self, connection: Connection, message: Registration) -> None:
-        """A board says who it is. Raises MISSING_REQUIRED_FIELD, UNAUTHORIZED, RESOURCE_EXHAUSTED."""
-        if message.device_type is None:
-            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
-        device = self._admit(connection, message)
-        device.device_type = message.device_type
-        if message.metadata is not None:
-            self.registry.describe(device, to_json(message.metadata))
-        self._save_device(device)
-
-    def record_heartbeat(self, connection: Connection, message: Heartbeat) -> None:
-        """A board is still here, and promises to go on. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
-        self._admit(connection, message)
-        connection.has_heartbeat = True
-
-    def record_status(self, connection: Connection, message: Status) -> None:
-        """A board reports its state. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
-        device = self._admit(connection, message)
-        state, now = to_json(message.payload), utc_now()
-        self.registry.update(device, state, now)
-        row = {
-            "device_id": device.device_id,
-            "device_type": device.device_type,
-            "state_data": state,
-            "timestamp": stored_time(now),
-        }
-        if not self._store.put_snapshot(row):
-            self.repeats.warning("snapshots_dropped", "", device_id=device.device_id)
-
-    def acknowledge(self, connection: Connection, message: CommandAck) -> None:
-        """A board answers a command. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED, COMMAND_NOT_FOUND."""
-        device = self._admit(connection, message)
-        command = self.commands.find(message.command_id)
-        if command is None or not command.may_be_answered_by(device):
-            raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
-        if self.commands.record_answer(command, device.device_id, message):
-            self._save_command(command)
-            log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
-
-    def report_error(self, connection: Connection, message: ErrorReport) -> None:
-        """A board says that something went wrong. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
-        device = self._admit(connection, message)
-        self.repeats.warning(
-            "device_error",
-            device.device_id,
-            burst=10,
-            device_id=device.device_id,
-            error_code=message.error_code,
-            error_message=message.error_message,
-            context=message.context,
-        )
-
-    def report_alert(self, connection: Connection, message: Alert) -> None:
-        """A board says what a person should know. Raises UNAUTHORIZED, RESOURCE_EXHAUSTED."""
-        device = self._admit(connection, message)
-        self.repeats.warning(
-            "device_alert",
-            device.device_id,
-            burst=10,
-            device_id=device.device_id,
-            alert_type=message.alert_type,
-            message=message.message,
-        )
-
-    def _admit(self, connection: Connection, message: BoardMessage) -> Device:
-        """The device that speaks, registered by this message if it wasn't yet. Whatever it says is activity."""
+    def handle(self, connection: Connection, message: AnyBoardMessage) -> None:
+        """A board says something: the first message that bears a type registers it. Raises GatewayError."""
         device = connection.device
         if device is None:
             if message.device_type is None:
+                if isinstance(message, Registration):
+                    raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
                 raise GatewayError(Code.UNAUTHORIZED, "device_type required: the first message must bear it")
             device = self._come_online(connection, message.device_type)
-        connection.last_message_s = time.monotonic()
-        device.last_heartbeat = utc_now()
-        return device
+        match message:
+            case Status():
+                self._record_status(device, message)
+            case Heartbeat():
+                connection.has_heartbeat = True
+            case CommandAck():
+                self.dispatch.acknowledge(device, message)
+            case Registration():
+                self._register(device, message)
+            case Alert():
+                self._record_alert(device, "alert", message.alert_type, message.message)
+            case ErrorReport():
+                self._record_alert(device, "error", str(message.error_code), message.error_message, message.context)
+        self.note_pong(connection)
+        connection.last_message_s = connection.heard_s
 
-    async def pace(self) -> None:
-        """What a board's connection owes the others now and then: their turn, and a disk that keeps up."""
-        if self._store.is_congested:
-            await self._store.flush(self.PERSIST_TIMEOUT_S)
-        else:
+    def note_pong(self, connection: Connection) -> None:
+        """Something came of a board, and be it a pong: that is activity."""
+        connection.heard_s = time.monotonic()
+        connection.pinged_s = None
+        if connection.device is not None:
+            connection.device.last_heartbeat = utc_now()
+
+    def _register(self, device: Device, message: Registration) -> None:
+        if message.device_type is None:
+            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
+        device.device_type = message.device_type
+        if message.metadata is not None:
+            device.metadata = to_json(message.metadata)
+            self.registry.keep_content(device)
+        self._save_device(device)
+
+    def _record_status(self, device: Device, message: Status) -> None:
+        device.state, device.state_timestamp = to_json(message.payload), utc_now()
+        self.registry.keep_content(device)
+        row = {
+            "device_id": device.device_id,
+            "device_type": device.device_type,
+            "state_data": device.state,
+            "timestamp": stored_time(device.state_timestamp),
+        }
+        if not self._store.put_snapshot(row):
+            log.warning("snapshots_dropped", device_id=device.device_id)
+
+    def _record_alert(self, device: Device, kind: str, of_type: str, text: str, context: object = None) -> None:
+        """A board says what a person should know."""
+        device.alert = {"kind": kind, "type": of_type[:200], "message": text[:1000], "timestamp": format_time(utc_now())}
+        self.dispatch.record_alert(device, device.alert)
+        log.warning(f"device_{kind}", device_id=device.device_id, type=of_type, message=text, context=context)
+
+    async def take_turn(self, device_id: str) -> None:
+        """What a board that floods owes the others: its turn, and a disk that keeps up."""
+        async with self._lane:
             await asyncio.sleep(0)
-
-    # -- commands ------------------------------------------------------------------------------------------------------
-
-    async def route_command(self, request: CommandRequest) -> Command:
-        """Create a command, commit its row, send it to all targets at once, and return it as sent or without devices.
-
-        A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. Raises DEVICE_NOT_FOUND, INVALID_FIELD_VALUE,
-        PAYLOAD_TOO_LARGE, RESOURCE_EXHAUSTED, STOPPING.
-        """
-        if self.is_stopping:
-            raise GatewayError(Code.STOPPING, "the gateway is going down")
-        device_type, targets = self._targets(request)
-        command = Command(
-            device_type=device_type,
-            command_name=request.command_name,
-            payload=to_json(request.payload or {}),
-            timeout_s=float(request.timeout or self._settings.command_timeout_s),
-            target_device_count=len(targets),
-            created_at=utc_now(),
-        )
-        frame = command.frame()
-        if (size_bytes := len(frame.encode())) > MAX_COMMAND_FRAME_BYTES:
-            raise GatewayError(
-                Code.PAYLOAD_TOO_LARGE,
-                f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most",
-            )
-        if targets:
-            self.commands.add(command)
-            # Whatever happens to this request, the command ends.
-            self._expire_later(command, self.PERSIST_TIMEOUT_S + command.timeout_s)
-        else:
-            command.conclude(NO_DEVICES)
-        command.is_persisted = await self._store.commit_command(command.command_id, command, self.PERSIST_TIMEOUT_S)
-        if targets:
-            await self._send_command(command, frame, targets)
-        log.info(
-            "command_routed",
-            command_id=command.command_id,
-            command_name=command.command_name,
-            device_type=device_type,
-            device_id=request.device_id,
-            status=command.status,
-            targets=command.target_device_count,
-        )
-        return command
-
-    async def wait_for_answers(self, command: Command, timeout_s: float) -> None:
-        """Return when the command is finished, the time is over, or the gateway stops."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await command.released.wait()
-
-    def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
-        if request.device_id is None:
-            assert request.device_type is not None
-            return request.device_type, self.registry.matching(request.device_type, is_online=True)
-        device = self.registry.get(request.device_id)
-        if request.device_type not in (None, device.device_type):
-            raise GatewayError(
-                Code.INVALID_FIELD_VALUE, f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
-            )
-        return device.device_type, [device] if device.is_online else []
-
-    async def _send_command(self, command: Command, frame: str, targets: list[Device]) -> None:
-        assert command.recipients is not None
-        for number, device in enumerate(targets, start=1):
-            # Noted before the frame goes: the fastest boards answer within 2 ms.
-            command.recipients.add(device.device_id)
-            if device.connection is not None and await device.connection.send(frame):
-                if command.status == CREATED:
-                    command.status = SENT
-                command.executed_at = command.executed_at or utc_now()
-            else:
-                command.recipients.discard(device.device_id)
-                self.repeats.warning(
-                    "command_not_taken", device.device_id, device_id=device.device_id, command_id=command.command_id
-                )
-            if number % self.TURN_TARGETS == 0:
-                await asyncio.sleep(0)
-        if not command.recipients:
-            command.conclude(NO_DEVICES)
-            self.commands.close(command)
-        elif command.is_open:
-            self._expire_later(command, command.timeout_s)
-        self._save_command(command)
-
-    def _save_command(self, command: Command) -> None:
-        self._store.put_command(command.command_id, command)
-
-    def _expire_later(self, command: Command, delay_s: float) -> None:
-        if command.expiry is not None:
-            command.expiry.cancel()
-        command.expiry = asyncio.get_running_loop().call_later(delay_s, self._expire, command)
-
-    def _expire(self, command: Command) -> None:
-        command.conclude(ACK_TIMEOUT if command.status in OPEN_STATUSES else command.status)
-        self.commands.close(command)
-        self._save_command(command)
-        log.info(
-            "command_unanswered",
-            command_id=command.command_id,
-            status=command.status,
-            answers=len(command.answers),
-            targets=command.target_device_count,
-        )
+        if self._store.has_its_share_waiting(device_id):
+            await self._store.flush(Dispatch.PERSIST_TIMEOUT_S)
 
     # -- regular upkeep ------------------------------------------------------------------------------------------------
 
-    def sweep(self) -> None:
-        """About once a second: give up boards that broke their promise, save what activity is due, log the repeats."""
+    async def sweep(self, interval_s: float) -> None:
+        """Every `interval_s`: ping, give up boards that are silent, save what activity is due, fire what couldn't be before.
+
+        Time in which the gateway itself stood still is nobody's silence: what is on its way is read first.
+        """
         if (restored := self._store.take_restored()) is not None:
             self.take_up(restored)
         now_s = time.monotonic()
-        for device in self.registry.matching(is_online=True):
-            connection = device.connection
-            assert connection is not None
-            silent_s = now_s - connection.last_message_s
-            if connection.has_heartbeat and silent_s > self._settings.heartbeat_timeout_s:
-                self.end(connection, CLOSE_TIMED_OUT, f"nothing came for {silent_s:.0f} s", event=TIMEOUT)
-            elif connection.last_message_s > device.saved_s and now_s - device.saved_s >= self.HEARTBEAT_SAVE_INTERVAL_S:
-                self._save_device(device, urgent=False)
-        self.repeats.report()
+        stood_still_s = max(0.0, now_s - self._swept_s - 2 * interval_s)
+        self._swept_s = now_s
+        for connection in list(self._connections):
+            if stood_still_s:
+                connection.last_message_s += stood_still_s
+                connection.heard_s += stood_still_s
+                connection.pinged_s = connection.pinged_s and connection.pinged_s + stood_still_s
+            await self._look_after(connection, now_s)
+        self.dispatch.fire_due()
 
-    def health(self) -> dict[str, object]:
+    async def _look_after(self, connection: Connection, now_s: float) -> None:
+        device, silent_s = connection.device, now_s - connection.last_message_s
+        if connection.pinged_s is not None and now_s - connection.pinged_s > self._settings.ping_interval_s / 2:
+            self.end(connection, CLOSE_TIMED_OUT, "no answer to pings", event=TIMEOUT)
+        elif connection.has_heartbeat and silent_s > self._settings.heartbeat_timeout_s:
+            self.end(connection, CLOSE_TIMED_OUT, f"nothing came for {silent_s:.0f} s", event=TIMEOUT)
+        elif connection.pinged_s is None and now_s - connection.heard_s > self._settings.ping_interval_s:
+            await connection.ping()
+        if device is None or not device.is_online:
+            return
+        is_due = now_s - device.saved_s >= self.HEARTBEAT_SAVE_INTERVAL_S
+        if connection.heard_s > device.saved_s and is_due:
+            self._save_device(device, urgent=False)
+
+    def health(self) -> Row:
         """What `GET /health` answers (contract, section 6), from memory."""
         store = self._store.health()
-        health: dict[str, object] = {
+        commands = self.dispatch.commands
+        health: Row = {
             "status": "ok" if store.reason is None else "degraded",
             "app": "AMHR-PD",
             "version": VERSION,
@@ -2441,12 +2666,19 @@ class Gateway:
             "uptime_seconds": round(time.monotonic() - self._started_s, 3),
             "devices_online": len(self.registry.matching(is_online=True)),
             "devices_total": len(self.registry),
-            "open_commands": len(self.commands),
+            "open_commands": len(commands.open),
             "database": store.reason or "ok",
             "rows_waiting": store.rows_waiting,
             "rows_dropped": store.rows_dropped,
             "rows_rejected": store.rows_rejected,
         }
+        gave_way = {
+            "devices": self.registry.forgotten,
+            "states": self.registry.contents_gave_way,
+            "open_commands": commands.open.gave_way,
+        }
+        if any(gave_way.values()):
+            health["gave_way"] = gave_way
         if store.notice is not None:
             health["notice"] = store.notice
         return health
@@ -2460,7 +2692,7 @@ class Gateway:
 NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
 
 
-def peer_of(request: web.Request) -> str:
+def peer_of(request: web.BaseRequest) -> str:
     """The caller's address; IPv4 as IPv4 also where the socket is IPv6."""
     return (request.remote or "unknown").removeprefix("::ffff:")
 
@@ -2472,20 +2704,26 @@ class DeviceSocket(Connection):
     # A board that leaves this much unread doesn't read. No more than asyncio's low-water mark, below which sending never
     # waits, also after the buffer was full.
     UNREAD_LIMIT_BYTES = 16 << 10
-    TURN_MESSAGES = 64  # about 1 ms of work, then the others have their turn
+    # What a board may say without waiting for its turn: ten times what the boards in the field can. A message counts once, and
+    # once more for every 2 KB.
+    ALLOWANCE_PER_S = 100.0
+    ALLOWANCE = 100.0
+    TURN_S = 0.001  # of one that says more; then the others have theirs
 
     def __init__(self, gateway: Gateway, settings: Settings, request: web.Request) -> None:
         super().__init__(request.match_info["device_id"], peer_of(request))
         self._gateway = gateway
         self._registration_timeout_s = settings.registration_timeout_s
         self._request = request
-        self._farewell: tuple[int, str] | None = None
+        self._farewell: tuple[str, int, str] | None = None  # event, code, reason
         self._close_code: int | None = None  # of a close that came from the other side, or from what it sent
         self._receiving: asyncio.Timeout | None = None
+        self._allowance = self.ALLOWANCE
+        self._counted_s = self._turn_ends_s = time.monotonic()
         self._socket = web.WebSocketResponse(
-            heartbeat=settings.ping_interval_s,
             max_msg_size=settings.max_message_bytes + 1,  # the library refuses from its limit on
-            timeout=self.CLOSE_TIMEOUT_S,
+            autoping=False,
+            autoclose=False,
             compress=False,  # boards would offer what they can't inflate (contract, section 1)
             protocols=("arduino",),
             decode_text=False,
@@ -2494,24 +2732,26 @@ class DeviceSocket(Connection):
     async def serve(self) -> web.WebSocketResponse:
         """Do the handshake and serve the connection until it ends."""
         await self._socket.prepare(self._request)
-        self._gateway.opened(self)
         deadline = asyncio.get_running_loop().call_later(self._registration_timeout_s, self._check_registered)
         try:
-            if not self.is_hung_up:
-                await self._receive_all()
-        except (TimeoutError, ConnectionError):
-            pass  # hang_up() called this task back, or the board went while it was written to
+            await self._gateway.opened(self)
+            if self._farewell is None:
+                await self._receive_until_called_back()
+            if self._farewell is not None:
+                await self._say_goodbye()
+        except ConnectionError:
+            pass  # the board went while it was written to
         except Exception:
             log.exception("connection_failed", device_id=self.device_id)
-            self.hang_up(WSCloseCode.INTERNAL_ERROR, "internal error")
+            self._farewell = DISCONNECTED, WSCloseCode.INTERNAL_ERROR, "internal error"
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                await self._say_goodbye()
         finally:
             deadline.cancel()
-            try:
-                if self._farewell is not None:
-                    await self._say_goodbye(*self._farewell)
-            finally:
-                self._gateway.closed(self, *self._ending())
-                self.is_over.set()
+            if self._request.transport is not None:
+                self._request.transport.close()
+            self._gateway.closed(self, *self._ending())
+            self.is_over.set()
         return self._socket
 
     async def send(self, frame: str) -> bool:
@@ -2525,33 +2765,43 @@ class DeviceSocket(Connection):
             return False
         return True
 
-    def hang_up(self, code: int, reason: str) -> None:
+    async def ping(self) -> None:
+        """See Connection."""
+        self.pinged_s = time.monotonic()
+        transport = self._request.transport
+        if transport is not None and transport.get_write_buffer_size() <= self.UNREAD_LIMIT_BYTES:
+            with contextlib.suppress(ConnectionError):
+                await self._socket.ping()
+
+    def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
         """See Connection. Takes CLOSE_TIMEOUT_S twice at the most: to hand the close frame over, and for the echo."""
         if self._farewell is None:
-            self._farewell = (code, reason)
+            self._farewell = event, code, reason
             if self._receiving is not None:
-                # The library waits for the echo only where the task that receives is the one that closes: call it back.
                 self._receiving.reschedule(asyncio.get_running_loop().time())
 
-    @property
-    def is_hung_up(self) -> bool:
-        """See Connection."""
-        return self._farewell is not None
-
-    async def _say_goodbye(self, code: int, reason: str) -> None:
+    async def _receive_until_called_back(self) -> None:
         try:
-            async with asyncio.timeout(2 * self.CLOSE_TIMEOUT_S):
-                await self._socket.close(code=code, message=reason.encode()[:123])
-        except (TimeoutError, ConnectionError):
-            if self._request.transport is not None:
-                self._request.transport.abort()
+            async with asyncio.timeout(None) as self._receiving:
+                await self._receive()
+        except TimeoutError:
+            pass  # by hang_up()
+        finally:
+            self._receiving = None
+
+    async def _say_goodbye(self) -> None:
+        """Send the close frame, and go on listening until the board's echo: an answer that was on its way still counts."""
+        assert self._farewell is not None
+        _, code, reason = self._farewell
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.CLOSE_TIMEOUT_S):
+                await self._socket.send_frame(struct.pack("!H", code) + reason.encode()[:123], WSMsgType.CLOSE)
+                await self._receive()
 
     def _ending(self) -> tuple[str, int | None, str]:
         """How the connection ended: event, close code, reason."""
         if self._farewell is not None:
-            return DISCONNECTED, *self._farewell
-        if isinstance(self._socket.exception(), TimeoutError):
-            return TIMEOUT, CLOSE_TIMED_OUT, "no answer to pings"
+            return self._farewell
         match self._close_code:
             case None:
                 reason = "the connection was lost"
@@ -2564,64 +2814,61 @@ class DeviceSocket(Connection):
         return DISCONNECTED, self._close_code, reason
 
     def _check_registered(self) -> None:
-        if self.device is None and not self.is_hung_up:
-            self._gateway.repeats.info("never_registered", self.device_id, device_id=self.device_id, peer=self.peer)
+        if self.device is None and self._farewell is None:
+            log.info("never_registered", device_id=self.device_id, peer=self.peer)
             self._gateway.end(self, CLOSE_TIMED_OUT, f"not registered within {self._registration_timeout_s:g} s")
 
-    async def _receive_all(self) -> None:
-        """Receive until the connection ends. Raises TimeoutError where `hang_up` calls back."""
-        try:
-            async with asyncio.timeout(None) as self._receiving:
-                for count in itertools.count(1):
-                    frame = await self._socket.receive()
-                    if not await self._take(frame):
-                        return
-                    if count % self.TURN_MESSAGES == 0:
-                        await self._gateway.pace()
-        finally:
-            self._receiving = None
-
-    async def _take(self, frame: aiohttp.WSMessage) -> bool:
-        """Serve one frame. False where it is the last."""
-        match frame.type:
-            case WSMsgType.TEXT | WSMsgType.BINARY:
-                # What a board still says after it was hung up on marks nobody online (contract, section 1).
-                if not self.is_hung_up:
+    async def _receive(self) -> None:
+        """Receive until the connection ends."""
+        while True:
+            frame = await self._socket.receive()
+            match frame.type:
+                case WSMsgType.TEXT | WSMsgType.BINARY:
                     try:
                         self._handle(frame)
                     except GatewayError as error:
                         await self._refuse(error)
-                return True
-            case WSMsgType.CLOSE:
-                self._close_code = frame.data or NO_STATUS_RECEIVED
-            case WSMsgType.ERROR:
-                if isinstance(frame.data, WebSocketError):
-                    self._close_code = frame.data.code
-        return False
+                case WSMsgType.PING:
+                    await self._socket.pong(frame.data)
+                case WSMsgType.PONG:
+                    self._gateway.note_pong(self)
+                case WSMsgType.CLOSE:
+                    if self._farewell is None:
+                        self._close_code = frame.data or NO_STATUS_RECEIVED
+                        await self._socket.close(code=frame.data or WSCloseCode.OK)
+                    return
+                case _:
+                    if isinstance(frame.data, WebSocketError):
+                        self._close_code = frame.data.code
+                    return
+            await self._wait_for_turn(len(frame.data))
 
     def _handle(self, frame: aiohttp.WSMessage) -> None:
         if frame.type is WSMsgType.BINARY:
             raise GatewayError(Code.INVALID_MESSAGE, "binary frame: messages are JSON objects in text frames")
         message = decode_board_message(frame.data)
-        match message:
-            case Status():
-                self._gateway.record_status(self, message)
-            case Heartbeat():
-                self._gateway.record_heartbeat(self, message)
-            case CommandAck():
-                self._gateway.acknowledge(self, message)
-            case Registration():
-                self._gateway.register(self, message)
-            case Alert():
-                self._gateway.report_alert(self, message)
-            case ErrorReport():
-                self._gateway.report_error(self, message)
+        if self._farewell is None:
+            self._gateway.handle(self, message)
+        elif isinstance(message, CommandAck) and self.device is not None:
+            # What a board still says after it was hung up on marks nobody online (contract, section 1).
+            self._gateway.dispatch.acknowledge(self.device, message)
+
+    async def _wait_for_turn(self, size_bytes: int) -> None:
+        """Let a board that floods wait: all of them together get about one TURN_S of the loop, and then the others are next."""
+        now_s = time.monotonic()
+        self._allowance = min(self.ALLOWANCE, self._allowance + (now_s - self._counted_s) * self.ALLOWANCE_PER_S)
+        self._allowance -= 1 + size_bytes / 2048
+        self._counted_s = now_s
+        if self._allowance < 0 and now_s >= self._turn_ends_s:
+            self._allowance = max(self._allowance, -self.ALLOWANCE)
+            await self._gateway.take_turn(self.device_id)
+            self._turn_ends_s = time.monotonic() + self.TURN_S
 
     async def _refuse(self, error: GatewayError) -> None:
+        if self._farewell is not None and self.device is not None:
+            return
         text = str(error)
-        self._gateway.repeats.warning(
-            "message_refused", self.device_id, device_id=self.device_id, error_code=error.code.name, error=text
-        )
+        log.warning("message_refused", device_id=self.device_id, error_code=error.code.name, error=text)
         reply = {"message_type": "error", "error_code": error.code.name, "error_message": text, "error": text}
         await self.send(to_json(reply))
 
@@ -2642,7 +2889,7 @@ _PRIVATE_DOMAINS = (".local", ".localhost", ".home.arpa", ".internal", ".lan", "
 
 # What a browser asks before it lets a page of an allowed origin call with JSON or a token (the Fetch standard's CORS).
 _PREFLIGHT_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Methods": "GET, POST, DELETE",
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
 }
@@ -2804,11 +3051,19 @@ def _shows_token(request: web.Request, token: str | None, *, in_query: bool = Fa
 class HttpConnection(web.RequestHandler):
     """A caller's connection. What is no HTTP gets an error of the same shape as all others, and no traceback in the log."""
 
-    __slots__ = ()
+    __slots__ = ("_is_full",)
+
+    def __init__(self, server: web.Server, *, is_full: bool, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._is_full = is_full
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """What asyncio calls first. The kernel drops the connection when its peer takes nothing for UNREAD_TIMEOUT_S."""
         super().connection_made(transport)
+        if self._is_full:
+            log.warning("connections_refused", problem="too many connections")
+            transport.close()
+            return
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
 
     def handle_error(
@@ -2854,6 +3109,7 @@ class RestApi:
             ("GET", "/health", self.health, Access.ALL),
             ("GET", "/devices", self.devices, Access.CALLERS),
             ("GET", "/devices/{device_id}", self.device, Access.CALLERS),
+            ("DELETE", "/devices/{device_id}", self.delete_device, Access.CALLERS),
             ("POST", "/command", self.command, Access.CALLERS),
             ("GET", "/state-history/{device_id}", self.state_history, Access.CALLERS),
             ("GET", "/command-logs", self.command_logs, Access.CALLERS),
@@ -2908,9 +3164,7 @@ class RestApi:
 
     def _error_response(self, request: web.Request, error: GatewayError) -> web.StreamResponse:
         if error.status in (401, 403):
-            self._gateway.repeats.warning(
-                "request_refused", peer_of(request), peer=peer_of(request), path=request.path, error=str(error)
-            )
+            log.warning("request_refused", peer=peer_of(request), path=request.path, error=str(error))
         else:
             log.debug("request_refused", method=request.method, path=request.path, error_code=error.code.name, error=str(error))
         response = error_response(error)
@@ -2973,28 +3227,39 @@ class RestApi:
     async def device(self, request: web.Request) -> web.Response:
         """`GET /devices/{device_id}`."""
         parse_query(request, NoQuery)
-        return json_response(self._gateway.registry.get(request.match_info["device_id"]).record())
+        return json_response((await self._gateway.find_device(request.match_info["device_id"])).record())
 
     async def command(self, request: web.Request) -> web.Response:
         """`POST /command`."""
         parse_query(request, CommandQuery)
         wanted = decode_command(request.query, await _body(request))
-        command = await self._gateway.route_command(wanted)
+        if self._gateway.is_stopping:
+            raise GatewayError(Code.STOPPING, "the gateway is going down")
+        command = await self._gateway.dispatch.route(wanted)
         if wanted.wait:
-            await self._gateway.wait_for_answers(command, wanted.wait)
-        return json_response(command.record(with_answers=bool(wanted.wait)))
+            await self._gateway.dispatch.wait_for_answers(command, wanted.wait)
+        answer = command.record(with_answers=bool(wanted.wait))
+        if command.status == NO_DEVICES:
+            answer["detail"] = self._gateway.dispatch.explain_no_devices(wanted)
+        return json_response(answer)
+
+    async def delete_device(self, request: web.Request) -> web.Response:
+        """`DELETE /devices/{device_id}`."""
+        parse_query(request, NoQuery)
+        device_id = request.match_info["device_id"]
+        return json_response({"device_id": device_id, "deleted": await self._gateway.delete_device(device_id)})
 
     async def state_history(self, request: web.Request) -> web.Response:
         """`GET /state-history/{device_id}`."""
         query = parse_query(request, HistoryQuery)
-        device_id = self._gateway.registry.get(request.match_info["device_id"]).device_id
+        device_id = (await self._gateway.find_device(request.match_info["device_id"])).device_id
         states = await self._store.history("device_state_snapshots", query.limit, device_id=device_id, **query.filters())
         return json_response({"device_id": device_id, "total": len(states), "states": states})
 
     async def connection_history(self, request: web.Request) -> web.Response:
         """`GET /device-connection-history/{device_id}`."""
         query = parse_query(request, EventsQuery)
-        device_id = self._gateway.registry.get(request.match_info["device_id"]).device_id
+        device_id = (await self._gateway.find_device(request.match_info["device_id"])).device_id
         wanted = {"device_id": device_id, **query.filters()} | ({"event": query.event} if query.event else {})
         events = await self._store.history("device_connection_logs", query.limit, **wanted)
         return json_response({"device_id": device_id, "total": len(events), "events": events})
@@ -3095,6 +3360,46 @@ class BackgroundHandler(logging.Handler):
                 log.warning("log_lines_dropped", count=dropped)
 
 
+class Repeats:
+    """A structlog processor that drops what repeats itself: the same event about the same device or peer, once a minute.
+
+    How often it was dropped goes out as `repeats` when the minute is over. An event that names a command is no repeat.
+    """
+
+    WINDOW_S = 60.0
+    MAX_KEYS = 1000  # a flood of new keys costs a bounded amount of memory: those over it share one an event
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[object, ...], tuple[float, int, structlog.typing.EventDict]] = {}
+
+    def __call__(self, _: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """Let an event through, or raise structlog.DropEvent."""
+        about = event.get("device_id") or event.get("peer") or event.get("problem")
+        if "repeats" in event or "command_id" in event or (about is None and "exc_info" not in event):
+            return event
+        key: tuple[object, ...] = (event["event"], about, event.get("type") or event.get("error_code"))
+        if key not in self._windows and len(self._windows) >= self.MAX_KEYS:
+            key = (event["event"],)
+        if key not in self._windows:
+            self._windows[key] = time.monotonic(), 0, event
+            return event
+        began_s, count, _ = self._windows[key]
+        self._windows[key] = began_s, count + 1, event
+        raise structlog.DropEvent
+
+    def report(self, *, everything: bool = False) -> None:
+        """Log the counts of the minutes that are over, or of all."""
+        now_s = time.monotonic()
+        for key, (began_s, count, event) in list(self._windows.items()):
+            if everything or now_s - began_s >= self.WINDOW_S:
+                del self._windows[key]
+                if count:
+                    level = logging.getLevelNamesMapping()[event.pop("level").upper()]
+                    log.log(level, **{**event, "repeats": count, "exc_info": None})
+
+
+repeats = Repeats()
+
 _JOURNAL_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _MAX_LOGGED_TEXT = 300  # of a value; boards and callers write most of them
 
@@ -3113,7 +3418,7 @@ def configure_logging(level: str, log_format: str) -> None:
     if log_format == "auto":
         log_format = "journal" if is_stderr_the_journal() else "console" if sys.stderr.isatty() else "json"
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    shared: list[structlog.typing.Processor] = [structlog.stdlib.add_log_level, structlog.processors.format_exc_info]
+    shared: list[structlog.typing.Processor] = [structlog.processors.format_exc_info]
     if log_format != "journal":  # the journal stamps its lines itself
         shared.append(stamp)
     shared.append(_tame)
@@ -3128,14 +3433,21 @@ def configure_logging(level: str, log_format: str) -> None:
     handler = BackgroundHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
+            foreign_pre_chain=[structlog.stdlib.add_log_level, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for library in ("asyncio", "aiohttp.websocket"):  # slow callbacks; subprotocols that boards offer
         logging.getLogger(library).setLevel(logging.ERROR)
     structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.add_log_level,
+            repeats,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
@@ -3240,46 +3552,6 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-class _Refusal(asyncio.Protocol):
-    _BODY = b'{"error":"too many connections","error_code":"RESOURCE_EXHAUSTED"}\n'
-    _HEAD = (
-        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
-    )
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self._HEAD % len(self._BODY) + self._BODY)
-        transport.close()
-
-
-class Door:
-    """Lets connections in, up to a limit: those over it get a cheap no, and those that are in stay."""
-
-    def __init__(self, server: web.Server, repeats: RepeatLog) -> None:
-        self._server = server
-        self._loop = asyncio.get_running_loop()
-        self._limit = min(MAX_CONNECTIONS, open_files_limit() - RESERVED_FILES)
-        if self._limit <= 0:
-            raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
-        self._repeats = repeats
-
-    def let_in(self) -> asyncio.Protocol:
-        """What a connection that arrives is served by."""
-        if len(self._server.connections) >= self._limit:
-            self._repeats.warning("connections_refused", "", limit=self._limit)
-            return _Refusal()
-        return HttpConnection(
-            self._server,
-            loop=self._loop,
-            access_log=None,  # type: ignore[arg-type]  # none: the lines would cost more than the requests
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-            lingering_time=LINGERING_TIME_S,
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-            auto_decompress=False,
-        )
-
-
 # -- regular upkeep ----------------------------------------------------------------------------------------------------
 
 
@@ -3331,9 +3603,10 @@ class Upkeep:
         """Do it again and again."""
         interval_s = min(UPKEEP_INTERVAL_S, self._notifier.watchdog_s / 3)
         while True:
-            self._gateway.sweep()
-            online, open_commands = len(self._gateway.registry.matching(is_online=True)), len(self._gateway.commands)
-            self._notifier.send_status(f"{online} devices online, {open_commands} open commands")
+            await self._gateway.sweep(interval_s)
+            repeats.report()
+            online, open_commands = len(self._gateway.registry.matching(is_online=True)), self._gateway.dispatch.commands.open
+            self._notifier.send_status(f"{online} devices online, {len(open_commands)} open commands")
             if self._store.is_writer_alive:
                 self._notifier.send("WATCHDOG=1")
             await asyncio.sleep(interval_s)
@@ -3374,13 +3647,13 @@ def build_app(settings: Settings) -> web.Application:
     return app
 
 
-def _log_loop_error(repeats: RepeatLog, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
     """What asyncio can tell nobody else: tasks that failed unseen, and, a thousand times over, that no file is left."""
-    error, message = context.get("exception"), context["message"]
+    error, problem = context.get("exception"), context["message"]
     if isinstance(error, OSError):
-        repeats.warning("network_trouble", message, problem=message, error=str(error))
+        log.warning("network_trouble", problem=problem, error=str(error))
     else:
-        log.error("loop_error", problem=message, exc_info=error)
+        log.error("loop_error", problem=problem, exc_info=error)
 
 
 async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -3390,6 +3663,21 @@ async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, Exception):
             raise result
+
+
+def let_in(server: web.Server, limit: int) -> web.RequestHandler:
+    """What serves a connection that arrives. Those over the limit are closed, and those that are in stay."""
+    return HttpConnection(
+        server,
+        is_full=len(server.connections) >= limit,
+        loop=asyncio.get_running_loop(),
+        access_log=None,  # none: the lines would cost more than the requests
+        keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+        lingering_time=LINGERING_TIME_S,
+        max_line_size=MAX_LINE_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+        auto_decompress=False,
+    )
 
 
 @contextlib.contextmanager
@@ -3437,11 +3725,13 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
         await runner.setup()
         assert runner.server is not None
         stack.push_async_callback(ending.step, "goodbye", app[GATEWAY].stop)
-        asyncio.get_running_loop().set_exception_handler(functools.partial(_log_loop_error, app[GATEWAY].repeats))
-        door = Door(runner.server, app[GATEWAY].repeats)
+        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
+        limit = min(MAX_CONNECTIONS, open_files_limit() - RESERVED_FILES)
+        if limit <= 0:
+            raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
         for listener in sockets:
             server = await asyncio.get_running_loop().create_server(
-                door.let_in,
+                functools.partial(let_in, runner.server, limit),
                 sock=listener,
                 ssl=tls,
                 ssl_handshake_timeout=None if tls is None else TLS_HANDSHAKE_TIMEOUT_S,
@@ -3460,6 +3750,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         notifier.send("STOPPING=1", "STATUS=stopping")
         log.info("stopping", devices_online=len(app[GATEWAY].registry.matching(is_online=True)))
+    repeats.report(everything=True)
     log.info("stopped", exit_code=ending.exit_code)
     return ending.exit_code
 
