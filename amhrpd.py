@@ -56,7 +56,6 @@ import struct
 import sys
 import threading
 import time
-import urllib.parse
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, deque
@@ -280,32 +279,6 @@ def normal_origin(origin: str) -> str:
     origin = origin.lower()
     default_port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "")
     return origin.removesuffix(default_port) if default_port else origin
-
-
-def number_between(low: float, high: float) -> Callable[[str], float]:
-    """A parser of numbers in a range. What it returns raises ValueError."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise ValueError(f"it must be a number from {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
-def integer_between(low: int, high: int) -> Callable[[str], int]:
-    """A parser of whole numbers in a range. What it returns raises ValueError."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
-            raise ValueError(f"it must be a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
 
 
 # ======================================================================================================================
@@ -3759,348 +3732,262 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
 # Simulator
 # ======================================================================================================================
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FleetPlan:
-    """What `amhrpd.py simulate` plays. Durations are seconds, `reconnect_rate` is power cuts a board and minute."""
-
-    url: str = "http://127.0.0.1:8000"
-    devices: int = 10
-    device_type: str = "ESP32"
-    heartbeat_interval_s: float = 5.0  # as the servo sketch (contract, section 1)
-    status_interval_s: float = 1.0
-    ack_delay_s: float = 0.0015  # as the servo sketch
-    failure_rate: float = 0.0
-    reconnect_rate: float = 0.0
-    commands: int = 10
-    duration_s: float = 30.0
-    api_token: str | None = None
-    device_token: str | None = None
+URL_PATTERN = r"\Ahttps?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:([1-5]?[0-9]{1,4}|6[0-5][0-9]{3}))?/?\Z"
 
 
-@dataclasses.dataclass(slots=True)
-class Tally:
-    """What a fleet has done so far. Durations in seconds."""
+class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What `amhrpd.py simulate` plays, checked. Durations are seconds. Flags follow from the fields as they do in Settings."""
 
-    boards_up: int = 0
-    messages: int = 0
-    acks: int = 0
-    snapshots_found: int = 0
-    errors: int = 0
-    last_error: str = ""
-    post_s: list[float] = dataclasses.field(default_factory=list)
-    all_acked_s: list[float] = dataclasses.field(default_factory=list)
-    missing: list[str] = dataclasses.field(default_factory=list)
-    acked_by: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """command_id -> device_id -> when its ack was sent (monotonic)."""
-    ack_sent: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    url: Annotated[
+        str, msgspec.Meta(pattern=URL_PATTERN, title="http://host:port or https://host:port", description="the gateway")
+    ] = "http://127.0.0.1:8000"
+    devices: Annotated[int, msgspec.Meta(ge=1, le=9999, description="how many boards")] = 10
+    device_type: Annotated[DeviceType, msgspec.Meta(description="their type")] = "ESP32"
+    heartbeat_interval_s: Annotated[float, seconds(0.01, 3600, "seconds between a board's heartbeats")] = 5.0
+    status_interval_s: Annotated[float, seconds(0, 3600, "seconds between a board's snapshots, 0 is no pause")] = 1.0
+    ack_delay_s: Annotated[float, seconds(0, 300, "seconds that a board takes to answer a command")] = 0.0015
+    failure_rate: Annotated[float, msgspec.Meta(ge=0, le=1, description="share of commands answered with a failure")] = 0.0
+    reconnect_rate: Annotated[float, msgspec.Meta(ge=0, le=600, description="power cuts a board and minute, at random")] = 0.0
+    commands: Annotated[
+        int | None, msgspec.Meta(ge=0, le=1_000_000, description="how many commands to all boards; one every 3 s if left out")
+    ] = None
+    duration_s: Annotated[float, seconds(0, 86400, "seconds to play, 0 is until Ctrl-C")] = 30.0
+    api_token: Token | None = None
+    device_token: Token | None = None
 
-    def record_ack(self, command_id: str, device_id: str) -> None:
-        """Count an ack that a board has just sent, and wake who waits for it."""
-        self.acks += 1
-        self.acked_by.setdefault(command_id, {})[device_id] = time.monotonic()
-        self.ack_sent.set()
 
-    def record_error(self, error: str) -> None:
-        """Count an error and remember what it was."""
-        self.errors += 1
-        self.last_error = error
+def readings(number: int, at_s: float) -> dict[str, float]:
+    """What board `number` measures at a moment (s): °C, % humidity, % battery, dBm. Slow waves, shifted from board to board."""
+
+    def wave(middle: float, swing: float, period_s: float) -> float:
+        return middle + swing * math.sin(math.tau * at_s / period_s + number)
+
+    air = {"temperature": round(wave(23, 4, 120), 2), "humidity": round(wave(48, 12, 300), 1)}
+    return air | {"battery": round(wave(70, 25, 900)), "rssi": round(wave(-60, 9, 45))}
 
 
 class SimulatedBoard:
     """A board that behaves on the wire as the servo sketch of the contract's section 1 does."""
 
+    POWER_ON_STEP_S = 0.002  # boards come up one after the other, 500 a second
     REBOOT_S = (0.5, 5.0)  # of a power cut, and of a lost connection: how soon the boards in the field are back
     CONFIRM_TIMEOUT_S = 30.0  # boards without a pause leave some 2 MB in the network's buffers each
 
-    def __init__(self, plan: FleetPlan, run: str, number: int, tally: Tally, handshakes: asyncio.Semaphore) -> None:
+    def __init__(self, plan: FleetPlan, run: str, number: int) -> None:
         self.device_id = f"sim_{number:04d}"
-        self.connections = 0
-        self.snapshots_sent = 0
-        self.unconfirmed: set[int] = set()  # snapshots that may have got lost at the end of a connection
-        self._plan = plan
-        self._run = run
-        self._tally = tally
-        self._handshakes = handshakes
-        self._first_of_connection = 0
+        self.connections, self.messages, self.snapshots_sent = 0, 0, 0
+        self.is_up = False
+        self.confirmed: set[int] = set()  # snapshots that the gateway has handled for certain
+        self.acked: dict[str, float] = {}  # command_id -> when its ack was sent (monotonic)
+        self.errors: list[str] = []
+        self._plan, self._run, self._number = plan, run, number
 
-    async def live(self, stop: asyncio.Event) -> None:
-        """Connect, work, lose power, come back, until `stop`."""
-        while not stop.is_set():
-            try:
-                await self._connect_and_work(stop)
-            except (OSError, websockets.exceptions.WebSocketException) as error:
-                self._tally.record_error(f"{self.device_id}: {error or type(error).__name__}")
-            if not stop.is_set():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(random.uniform(*self.REBOOT_S)):
-                        await stop.wait()
-
-    async def _connect_and_work(self, stop: asyncio.Event) -> None:
+    async def live(self) -> NoReturn:
+        """Connect, work, lose power, come back, until cancelled; then say goodbye, in CONFIRM_TIMEOUT_S and 5 s at most."""
         credentials = base64.b64encode(f"board:{self._plan.device_token}".encode()).decode()
-        async with self._handshakes:
-            socket_ = await websockets.connect(
-                f"{self._plan.url.replace('http', 'ws', 1)}/ws/{self.device_id}",
-                origin=websockets.Origin("file://"),
-                subprotocols=[websockets.Subprotocol("arduino")],
-                user_agent_header="arduino-WebSocket-Client",
-                additional_headers={"Authorization": f"Basic {credentials}"} if self._plan.device_token else {},
-                compression=None,
-                ping_interval=None,
-                max_size=MAX_COMMAND_FRAME_BYTES,
-                close_timeout=5,
-                proxy=None,
-            )
-        self._first_of_connection = self.snapshots_sent
+        await asyncio.sleep(self._number * self.POWER_ON_STEP_S)
+        while True:
+            try:
+                async with websockets.connect(
+                    f"{self._plan.url.rstrip('/').replace('http', 'ws', 1)}/ws/{self.device_id}",
+                    origin=websockets.Origin("file://"),
+                    subprotocols=[websockets.Subprotocol("arduino")],
+                    user_agent_header="arduino-WebSocket-Client",
+                    additional_headers={"Authorization": f"Basic {credentials}"} if self._plan.device_token else {},
+                    compression=None,
+                    ping_interval=None,
+                    max_size=MAX_COMMAND_FRAME_BYTES,
+                    close_timeout=5,
+                    proxy=None,
+                ) as socket_:
+                    await self._work(socket_)
+                    socket_.transport.abort()  # a power cut has no close frame
+            except (OSError, websockets.exceptions.WebSocketException) as error:
+                self.errors.append(str(error) or type(error).__name__)
+            await asyncio.sleep(random.uniform(*self.REBOOT_S))
+
+    async def _work(self, socket_: websockets.ClientConnection) -> None:
+        """Do what boards do until a power cut, the connection's end or a cancellation; then see that what was sent arrived."""
+        metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
+        await self._send(socket_, "registration", device_type=self._plan.device_type, metadata=metadata)
+        first, self.is_up = self.snapshots_sent, True
         self.connections += 1
-        self._tally.boards_up += 1
+        rate = self._plan.reconnect_rate
+        tasks = [asyncio.create_task(work(socket_)) for work in (self._heartbeat, self._report, self._answer)]
         try:
-            metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
-            await self._send(
-                socket_, {"message_type": "registration", "device_type": self._plan.device_type, "metadata": metadata}
-            )
-            await self._work_until(stop, socket_)
-            if stop.is_set():
-                await socket_.close()
+            until_cut_s = random.expovariate(rate / 60) if rate else None
+            await asyncio.wait(tasks, timeout=until_cut_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._tally.boards_up -= 1
-            socket_.transport.abort()
+            self.is_up = False
+            try:
+                await end_tasks(tasks)
+                async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
+                    await (await socket_.ping())  # answered after all that came before it was handled
+                self.confirmed.update(range(first, self.snapshots_sent))
+            except (OSError, websockets.exceptions.WebSocketException) as error:
+                self.errors.append(str(error) or type(error).__name__)
 
-    async def _work_until(self, stop: asyncio.Event, socket_: websockets.ClientConnection) -> None:
-        """Do what boards do until `stop`, a power cut, or the end of the connection."""
-        cuts_per_s = self._plan.reconnect_rate / 60
-        talking = [asyncio.create_task(self._heartbeat(socket_)), asyncio.create_task(self._report(socket_))]
-        answering = asyncio.create_task(self._answer(socket_))
-        power_cut = asyncio.create_task(asyncio.sleep(random.expovariate(cuts_per_s) if cuts_per_s else math.inf))
-        stopping = asyncio.create_task(stop.wait())
-        everything = [*talking, answering, power_cut, stopping]
-        is_confirmed = False
-        try:
-            await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
-            await end_tasks(talking)
-            if not answering.done():  # it still answers while it makes sure that what it sent has arrived
-                is_confirmed = await self._confirm(socket_)
-        finally:
-            if not is_confirmed:
-                self.unconfirmed.update(range(self._first_of_connection, self.snapshots_sent))
-            await end_tasks(everything)
-
-    async def _confirm(self, socket_: websockets.ClientConnection) -> bool:
-        """Whether the gateway has handled all that was sent: it answers a ping after what came before."""
-        try:
-            async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
-                await (await socket_.ping())
-        except (TimeoutError, websockets.exceptions.ConnectionClosed):
-            return False
-        return True
-
-    async def _send(self, socket_: websockets.ClientConnection, message: dict[str, object]) -> None:
-        await socket_.send(to_json(message))
-        self._tally.messages += 1
+    async def _send(self, socket_: websockets.ClientConnection, message_type: str, **fields: object) -> None:
+        await socket_.send(to_json({"message_type": message_type} | fields))
+        self.messages += 1
 
     async def _heartbeat(self, socket_: websockets.ClientConnection) -> None:
         while True:
-            await self._send(socket_, {"message_type": "heartbeat", "device_type": self._plan.device_type})
+            await self._send(socket_, "heartbeat", device_type=self._plan.device_type)
             await asyncio.sleep(self._plan.heartbeat_interval_s)
 
     async def _report(self, socket_: websockets.ClientConnection) -> None:
         await asyncio.sleep(random.random() * self._plan.status_interval_s)
         while True:
-            sequence = self.snapshots_sent
+            payload = {"run": self._run, "seq": self.snapshots_sent} | readings(self._number, time.monotonic())
             self.snapshots_sent += 1
-            payload = {"run": self._run, "seq": sequence, "temperature": 25.3, "humidity": 45.2, "battery": 87, "rssi": -50}
-            await self._send(socket_, {"message_type": "status", "payload": payload})
+            await self._send(socket_, "status", payload=payload)
             await asyncio.sleep(self._plan.status_interval_s)
 
     async def _answer(self, socket_: websockets.ClientConnection) -> None:
         async for frame in socket_:
             message = json.loads(frame)
             if message["message_type"] == "error":
-                self._tally.record_error(f"{self.device_id}: {message['error_code']}: {message['error_message']}")
-            elif message["message_type"] == "command":
-                await asyncio.sleep(self._plan.ack_delay_s)
-                status = "failure" if random.random() < self._plan.failure_rate else "success"
-                ack = {"message_type": "command_ack", "device_type": self._plan.device_type}
-                await self._send(socket_, ack | {"command_id": message["command_id"], "status": status})
-                self._tally.record_ack(message["command_id"], self.device_id)
+                self.errors.append(message["error_message"])
+                continue
+            if self._plan.devices <= 10 and sys.stderr.isatty():  # \x1b[K clears what the live line had there
+                shown = f"{self.device_id}: {message['command_name']!r} {json.dumps(message['payload'])}"
+                print(f"\r{shown[:200]}\x1b[K", file=sys.stderr)
+            await asyncio.sleep(self._plan.ack_delay_s)
+            answer = {"command_id": message["command_id"], "device_type": self._plan.device_type}
+            status = "failure" if random.random() < self._plan.failure_rate else "success"
+            await self._send(socket_, "command_ack", **answer, status=status)
+            self.acked[message["command_id"]] = time.monotonic()
 
 
-_UNANSWERED = (OSError, aiohttp.ClientError, LookupError)  # what a question to the gateway can end with
+# What a question to the gateway can end with; a timeout is an OSError, an answer that is no JSON a ValueError.
+NO_ANSWER = (OSError, aiohttp.ClientError, LookupError, ValueError)
 
 
 class Fleet:
     """All boards of a plan, the caller who sends commands, and the auditor who asks the gateway what it has kept."""
 
-    FIRST_BOARDS_TIMEOUT_S = 30.0
-    ALL_ACKED_TIMEOUT_S = 10.0
-    HANDSHAKES_AT_ONCE = 50
-    LIVE_LINE_INTERVAL_S = 0.5
-
     def __init__(self, plan: FleetPlan) -> None:
-        self.tally = Tally()
         self._plan = plan
         self._run = uuid.uuid4().hex[:8]
-        handshakes = asyncio.Semaphore(self.HANDSHAKES_AT_ONCE)
-        self._boards = [SimulatedBoard(plan, self._run, n, self.tally, handshakes) for n in range(1, plan.devices + 1)]
-        self._commands: dict[str, int] = {}  # command_id -> boards targeted
+        self._boards = [SimulatedBoard(plan, self._run, number) for number in range(1, plan.devices + 1)]
+        self._posted: dict[str, tuple[float, float, int]] = {}  # command_id -> posted, answered (monotonic), boards targeted
+        self._missing: list[str] = []
+        self._session: aiohttp.ClientSession
 
     async def play(self, stop: asyncio.Event) -> int:
-        """Play the plan (less, when `stop` is set), print the table. Returns the exit code: 1 if anything is missing."""
+        """Play until the plan's duration is over or `stop` is set, audit, print the table.
+
+        Returns the exit code: 1 if anything is missing. Raises StartError if the gateway doesn't answer, before or after.
+        """
         headers = {"Authorization": f"Bearer {self._plan.api_token}"} if self._plan.api_token else {}
         timeout = aiohttp.ClientTimeout(total=60)
-        async with aiohttp.ClientSession(self._plan.url, headers=headers, timeout=timeout) as session:
-            try:
-                await self._ask(session, "/devices?device_type=none")
-            except _UNANSWERED as error:
-                what = "refused" if isinstance(error, LookupError) else "no gateway"
-                print(f"amhrpd simulate: {what} at {self._plan.url}: {error or type(error).__name__}", file=sys.stderr)
-                return 1
-            worked_s = await self._work(session, stop)
-            print("asking the gateway what it has kept …", file=sys.stderr)
-            try:
-                await self._audit_snapshots(session)
-                await self._audit_commands(session)
-            except _UNANSWERED as error:
-                self.tally.missing.append(f"an answer of the gateway: {error or type(error).__name__}")
-        self._print_table(worked_s)
-        return 1 if self.tally.missing else 0
-
-    async def _work(self, session: aiohttp.ClientSession, stop: asyncio.Event) -> float:
-        """Power the boards, send the commands, power the boards off. Returns the seconds in between."""
-        power_off = asyncio.Event()
-        began_s = time.monotonic()
-        boards = [asyncio.create_task(board.live(power_off)) for board in self._boards]
-        caller = asyncio.create_task(self._send_commands(session))
-        screen = asyncio.create_task(self._show_progress(began_s))
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._plan.duration_s):
-                    await stop.wait()
-            await end_tasks([caller])
-            if (unsent := self._plan.commands - len(self._commands)) and not stop.is_set():
-                self.tally.missing.append(f"{unsent} of {self._plan.commands} commands were refused, or late for --duration")
-            if down := sum(not board.connections for board in self._boards):
-                self.tally.missing.append(f"{down} of {self._plan.devices} boards, which never came up")
-            worked_s = time.monotonic() - began_s
-            power_off.set()
-            await asyncio.gather(*boards)
-        finally:
-            await end_tasks([caller, screen, *boards])
-        return worked_s
+            async with aiohttp.ClientSession(self._plan.url, headers=headers, timeout=timeout) as self._session:
+                await self._ask("GET", "/devices?device_type=none")
+                began_s = time.monotonic()
+                work = [self._show_progress(), self._send_commands(), *(board.live() for board in self._boards)]
+                tasks = [asyncio.create_task(each) for each in [*work, stop.wait()]]
+                try:
+                    await asyncio.wait(tasks[-1:], timeout=self._plan.duration_s or None)
+                finally:
+                    await end_tasks(tasks)
+                worked_s = time.monotonic() - began_s
+                print("\nasking the gateway what it has kept …", file=sys.stderr)
+                found = sum([await self._audit_board(board) for board in self._boards])
+                await self._audit_commands()
+        except NO_ANSWER as error:
+            raise StartError(f"no answer from {self._plan.url}: {error or type(error).__name__}") from None
+        self._print_table(worked_s, found)
+        return 1 if self._missing else 0
 
-    async def _send_commands(self, session: aiohttp.ClientSession) -> None:
-        deadline_s = time.monotonic() + self.FIRST_BOARDS_TIMEOUT_S
-        while not all(board.connections for board in self._boards) and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.1)
-        pause_s = max(0.0, self._plan.duration_s - 2 * self.ALL_ACKED_TIMEOUT_S) / max(1, self._plan.commands)
-        for number in range(self._plan.commands):
-            began_s = time.monotonic()
+    async def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        async with self._session.request(method, path, json=body) as response:
+            answer: dict[str, Any] = await response.json()
+        if response.status not in (200, 404):  # 404: it knows nothing of it
+            raise LookupError(answer.get("error", response.reason))
+        return answer
+
+    async def _send_commands(self) -> None:
+        """Send as many commands as planned, evenly over the duration."""
+        count, duration_s = self._plan.commands, self._plan.duration_s
+        interval_s = duration_s / (count + 1) if count and duration_s else 3.0
+        for number in itertools.count() if count is None else range(count):
+            await asyncio.sleep(interval_s)
             body = {"device_type": self._plan.device_type, "command_name": "blink", "payload": {"count": number}}
+            posted_s = time.monotonic()
             try:
-                async with session.post("/command", json=body) as response:
-                    answer = await response.json()
-                    response.raise_for_status()
-            except _UNANSWERED as error:
-                self.tally.record_error(f"POST /command: {error or type(error).__name__}")
-                continue
-            self.tally.post_s.append(time.monotonic() - began_s)
-            command_id, targets = answer["command_id"], answer["target_device_count"]
-            self._commands[command_id] = targets
-            if await self._all_acked(command_id, targets):
-                last_s = max(self.tally.acked_by.get(command_id, {}).values(), default=began_s)
-                self.tally.all_acked_s.append(last_s - began_s)
-            await asyncio.sleep(max(0.0, began_s + pause_s - time.monotonic()))
+                answer = await self._ask("POST", "/command", body)
+                self._posted[answer["command_id"]] = (posted_s, time.monotonic(), answer["target_device_count"])
+            except NO_ANSWER as error:
+                self._missing.append(f"command {number}: {error or type(error).__name__}")
 
-    async def _all_acked(self, command_id: str, targets: int) -> bool:
-        """Wait until so many boards have acked, or ALL_ACKED_TIMEOUT_S are over: False."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.ALL_ACKED_TIMEOUT_S):
-                while len(self.tally.acked_by.get(command_id, {})) < targets:
-                    self.tally.ack_sent.clear()
-                    await self.tally.ack_sent.wait()
-                return True
-        return False
+    async def _audit_board(self, board: SimulatedBoard) -> int:
+        """Compare what a board sent with its history. Returns how many of its snapshots are there."""
+        kept: set[int] = set()
+        path = page = f"/state-history/{board.device_id}?limit=1000"
+        while states := (await self._ask("GET", page)).get("states"):
+            kept.update(state["state_data"]["seq"] for state in states if state["state_data"].get("run") == self._run)
+            if states[-1]["state_data"].get("run") != self._run:
+                break
+            page = f"{path}&before_id={states[-1]['id']}"
+        if not board.connections:
+            self._missing.append(f"{board.device_id}, which never came up")
+        if lost := board.confirmed - kept:
+            self._missing.append(f"{board.device_id}: {len(lost)} of {board.snapshots_sent} snapshots")
+        return len(kept)
 
-    async def _audit_snapshots(self, session: aiohttp.ClientSession) -> None:
-        """Compare what every board sent with its history."""
-        for board in self._boards:
-            kept: set[int] = set()
-            before = ""
-            while True:
-                states = (await self._ask(session, f"/state-history/{board.device_id}?limit=1000{before}", "states")) or []
-                ours = [s["state_data"]["seq"] for s in states if s["state_data"].get("run") == self._run]
-                kept.update(ours)
-                if not ours or len(states) < 1000:
-                    break
-                before = f"&before_id={states[-1]['id']}"
-            self.tally.snapshots_found += len(kept)
-            if lost := set(range(board.snapshots_sent)) - kept - board.unconfirmed:
-                self.tally.missing.append(f"{board.device_id}: {len(lost)} of {board.snapshots_sent} snapshots")
-
-    async def _audit_commands(self, session: aiohttp.ClientSession) -> None:
+    async def _audit_commands(self) -> None:
         """Compare the acks that the boards sent with the command log."""
-        for command_id, targets in self._commands.items():
-            answers = await self._ask(session, f"/command-logs/{command_id}", "response_data") or {}
-            acked = self.tally.acked_by.get(command_id, {}).keys()
-            if lost := acked - answers.keys():
-                self.tally.missing.append(f"command {command_id}: {len(lost)} acks")
-            if len(acked) < targets and not self._plan.reconnect_rate:
-                self.tally.missing.append(f"command {command_id}: {targets - len(acked)} of {targets} boards never got it")
+        for command_id in sorted(set().union(*(board.acked for board in self._boards))):
+            answers = (await self._ask("GET", f"/command-logs/{command_id}")).get("response_data") or {}
+            if lost := sum(command_id in board.acked and board.device_id not in answers for board in self._boards):
+                self._missing.append(f"command {command_id}: {lost} acks")
 
-    async def _ask(self, session: aiohttp.ClientSession, path: str, key: str | None = None) -> Any:
-        async with session.get(path) as response:
-            answer = await response.json()
-            if response.status == 404:
-                return None
-            if response.status != 200:
-                raise LookupError(answer.get("error", response.reason))
-            return answer if key is None else answer[key]
+    def _counts(self) -> tuple[int, int, int]:
+        """Messages, acks, errors so far."""
+        boards = self._boards
+        return sum(b.messages for b in boards), sum(len(b.acked) for b in boards), sum(len(b.errors) for b in boards)
 
-    async def _show_progress(self, began_s: float) -> NoReturn:
+    async def _show_progress(self) -> None:
         """One live line on a terminal, else a line every ten seconds."""
-        is_terminal = sys.stderr.isatty()
-        try:
-            while True:
-                tally = self.tally
-                line = (
-                    f"{time.monotonic() - began_s:5.0f} s  boards up {tally.boards_up}/{self._plan.devices}  "
-                    f"messages {tally.messages}  acks {tally.acks}  errors {tally.errors}"
-                )
-                print(f"\r{line}" if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
-                await asyncio.sleep(self.LIVE_LINE_INTERVAL_S if is_terminal else 10.0)
-        finally:
-            if is_terminal:
-                print(file=sys.stderr)
+        begin, end, pause_s = ("\r", "", 0.5) if sys.stderr.isatty() else ("", "\n", 10.0)
+        for tick in itertools.count():
+            (messages, acks, errors), up = self._counts(), sum(board.is_up for board in self._boards)
+            line = f"boards up {up}/{self._plan.devices}  messages {messages}  acks {acks}  errors {errors}"
+            print(f"{begin}{tick * pause_s:5.0f} s  {line}", end=end, file=sys.stderr, flush=True)
+            await asyncio.sleep(pause_s)
 
-    def _print_table(self, worked_s: float) -> None:
-        tally = self.tally
+    def _print_table(self, worked_s: float, found: int) -> None:
+        messages, acks, errors = self._counts()
         sent = sum(board.snapshots_sent for board in self._boards)
-        lost = sum(len(board.unconfirmed) for board in self._boards)
-        unconfirmed = f", {lost} may have got lost on the way at the end of a connection" if lost else ""
-        rows = [
-            ("boards", f"{self._plan.devices} of type {self._plan.device_type}, {worked_s:.1f} s"),
-            ("messages sent", f"{tally.messages}, {tally.messages / worked_s:.0f} a second"),
-            ("acks sent", str(tally.acks)),
-            ("POST /command", _percentiles(tally.post_s)),
-            ("all boards acked", _percentiles(tally.all_acked_s)),
-            ("reconnects", str(sum(max(0, board.connections - 1) for board in self._boards))),
-            ("errors", f"{tally.errors}" + (f" (the last: {tally.last_error})" if tally.errors else "")),
-            ("snapshots", f"{sent} sent, {tally.snapshots_found} in the history" + unconfirmed),
-            ("missing", "nothing" if not tally.missing else f"{len(tally.missing)} things"),
+        unconfirmed = sent - sum(len(board.confirmed) for board in self._boards)
+        acked_s = {id_: [b.acked[id_] for b in self._boards if id_ in b.acked] for id_ in self._posted}
+        whole = [
+            max(acked_s[id_]) - at_s for id_, (at_s, _, targets) in self._posted.items() if len(acked_s[id_]) >= targets > 0
         ]
-        for name, text in rows:
+        last = next((f" (one of them: {board.errors[-1]})" for board in self._boards if board.errors), "")
+        for name, text in {
+            "boards": f"{self._plan.devices} of type {self._plan.device_type}, {worked_s:.1f} s",
+            "messages sent": f"{messages}, {messages / worked_s:.0f} a second",
+            "acks sent": f"{acks}",
+            "POST /command": percentiles([answered_s - at_s for at_s, answered_s, _ in self._posted.values()]),
+            "all boards acked": percentiles(whole),
+            "reconnects": f"{sum(max(0, board.connections - 1) for board in self._boards)}",
+            "errors": f"{errors}{last}",
+            "snapshots": f"{sent} sent, {found} in the history, {unconfirmed} not confirmed",
+            "missing": f"{len(self._missing)} things" if self._missing else "nothing",
+        }.items():
             print(f"{name:<18}{text}")
-        for text in tally.missing[:20]:
+        for text in self._missing[:20]:
             print(f"  missing: {text}")
 
 
-def _percentiles(times_s: list[float]) -> str:
-    """Nearest-rank percentiles in milliseconds."""
-    if not times_s:
-        return "none"
+def percentiles(times_s: Sequence[float]) -> str:
+    """Nearest-rank percentiles of durations (s), written in milliseconds."""
     ordered = sorted(times_s)
-    p50, p95, p99 = (ordered[max(0, math.ceil(len(ordered) * share) - 1)] * 1000 for share in (0.5, 0.95, 0.99))
-    return f"{len(ordered)} times, p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms"
+    shown = (f"p{share} {ordered[math.ceil(len(ordered) * share / 100) - 1] * 1000:.1f} ms" for share in (50, 95, 99))
+    return f"{len(ordered)} times, {', '.join(shown)}" if ordered else "none"
 
 
 # ======================================================================================================================
@@ -4127,75 +4014,18 @@ def _serve_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _http_url(text: str) -> str:
-    try:
-        url = urllib.parse.urlsplit(text)
-        is_base = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.path in ("", "/")
-        is_base = is_base and not url.query and not url.fragment
-    except ValueError:
-        is_base = False
-    if not is_base:
-        raise ValueError("it must be http://host:port or https://host:port")
-    return text.rstrip("/")
-
-
-def _secret_argument(text: str) -> str:
-    try:
-        return str(convert_setting("TOKEN", text, Token))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of settings as one of argparse's, which shows a text only of its own kind of error."""
-
-    def parse_argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-    return parse_argument
-
-
 def _simulate_parser() -> argparse.ArgumentParser:
-    plan = FleetPlan()
     parser = argparse.ArgumentParser(
         prog="amhrpd.py simulate",
         description="Play a fleet of boards against a running gateway, then ask it whether all that they sent was kept. "
         "Exit code 1 if anything is missing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Where tokens are set, the fleet wants the same variables: AMHRPD_API_TOKEN, AMHRPD_DEVICE_TOKEN.",
     )
-
-    def add(flag: str, field: str, parse: Callable[[str], Any], metavar: str, text: str) -> None:
-        parser.add_argument(flag, dest=field, type=_argument(parse), metavar=metavar, help=text, default=getattr(plan, field))
-
-    add("--url", "url", _http_url, "URL", "the gateway")
-    add("--devices", "devices", integer_between(1, 9999), "N", "how many boards")
-    add("--device-type", "device_type", str, "TYPE", "their type")
-    add("--heartbeat-interval", "heartbeat_interval_s", number_between(0.01, 3600), "S", "seconds between a board's heartbeats")
-    add(
-        "--status-interval",
-        "status_interval_s",
-        number_between(0, 3600),
-        "S",
-        "seconds between a board's snapshots; 0: no pause",
-    )
-    add("--ack-delay", "ack_delay_s", number_between(0, 300), "S", "seconds that a board takes to answer a command")
-    add("--failure-rate", "failure_rate", number_between(0, 1), "P", "share of commands answered with a failure")
-    add("--reconnect-rate", "reconnect_rate", number_between(0, 600), "N", "power cuts a board and minute, at random")
-    add(
-        "--commands",
-        "commands",
-        integer_between(0, 1_000_000),
-        "N",
-        "how many commands to send to all boards, one after the other",
-    )
-    add("--duration", "duration_s", number_between(1, 86400), "S", "seconds")
-    for kind in ("api", "device"):
-        variable = f"AMHRPD_{kind.upper()}_TOKEN"
-        text = f"token, better given as the variable {variable}"
-        parser.add_argument(f"--{kind}-token", type=_secret_argument, metavar="TOKEN", help=text, default=argparse.SUPPRESS)
+    for field in msgspec.structs.fields(FleetPlan):
+        if (flag := flag_of(field.name)) is not None:
+            metavar = "S" if field.name.endswith("_s") else field.name.rpartition("_")[2].upper()
+            default = "" if field.default is None else f" [{field.default}]"
+            parser.add_argument(flag, dest=field.name, metavar=metavar, help=(help_of(field.type) + default).replace("%", "%%"))
     return parser
 
 
@@ -4216,12 +4046,13 @@ def _serve(words: Sequence[str]) -> int:
 
 
 def _simulate(words: Sequence[str]) -> int:
-    values = vars(_simulate_parser().parse_args(words))
-    for name in ("api_token", "device_token"):
-        if name not in values and (text := os.environ.get(variable_of(name))):
-            values[name] = convert_setting(variable_of(name), text, Token)
-    plan = FleetPlan(**values)
-    return asyncio.run(_until_signal(lambda stop: Fleet(plan).play(stop)))
+    flags = vars(_simulate_parser().parse_args(words))
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(FleetPlan):
+        source = flag_of(field.name) or variable_of(field.name)
+        if text := flags.get(field.name) or os.environ.get(source):
+            values[field.name] = convert_setting(source, text, field.type)
+    return asyncio.run(_until_signal(Fleet(FleetPlan(**values)).play))
 
 
 async def _until_signal(run: Callable[[asyncio.Event], Awaitable[int]]) -> int:

@@ -1694,10 +1694,10 @@ def test_help_and_version_and_import(capsys: pytest.CaptureFixture[str], monkeyp
     assert "--reconnect-rate" in (text := shown("simulate", "--help"))
     assert "token-of-callers" not in text
     for url in ("127.0.0.1:8000", "http://127.0.0.1:99999", "http://[::1", "http://pi/path"):
-        with pytest.raises(SystemExit) as end:
-            amhrpd.main(("simulate", "--url", url))
-        assert end.value.code == 2
-        assert "--url" in capsys.readouterr().err
+        assert amhrpd.main(("simulate", "--url", url)) == 2
+        assert capsys.readouterr().err == f"amhrpd: --url is {url!r}: it must be http://host:port or https://host:port\n"
+    assert amhrpd.main(("simulate", "--devices", "0")) == 2
+    assert capsys.readouterr().err == "amhrpd: --devices is '0': it must be a whole number from 1 to 9999\n"
     assert subprocess.run([sys.executable, "-c", "import amhrpd"], capture_output=True, cwd=HERE, check=True).stdout == b""
 
 
@@ -3163,21 +3163,51 @@ async def test_simulation_with_something_missing_ends_with_1(
         exit_code = await fleet.play(asyncio.Event())
         return exit_code, "".join(capsys.readouterr())
 
-    exit_code, shown = await played(free_port())
-    assert exit_code == 1
-    assert "no gateway at http://127.0.0.1:" in shown
+    with pytest.raises(amhrpd.StartError, match="no answer from http://127.0.0.1:"):
+        await played(free_port())
     async with gateway_on(database, device_token="token-of-boards") as client:
         exit_code, shown = await played(client.port, commands=0, device_token="token-of-nobody")
         assert exit_code == 1
-        assert "missing: 2 of 2 boards, which never came up" in shown
+        assert "missing: sim_0002, which never came up" in shown
     put = amhrpd.Store.put_snapshot
 
     def lose_one(self: amhrpd.Store, row: dict[str, Any]) -> bool:
         return '"seq":3,' in row["state_data"] or put(self, row)
 
     monkeypatch.setattr(amhrpd.Store, "put_snapshot", lose_one)
+    monkeypatch.setattr(amhrpd.Gateway, "acknowledge", lambda *_: None)
     async with gateway_on(database) as client:
-        exit_code, shown = await played(client.port, commands=10, status_interval_s=0.05, ack_delay_s=0.5)
+        exit_code, shown = await played(client.port, commands=3, status_interval_s=0.05)
         assert exit_code == 1
         assert re.search(r"missing: sim_0001: 1 of \d+ snapshots$", shown, re.MULTILINE), shown
-        assert re.search(r"missing: \d of 10 commands ", shown), shown
+        assert re.search(r"missing: command \S+: 2 acks$", shown, re.MULTILINE), shown
+
+
+def test_readings_of_simulated_boards_move_smoothly() -> None:
+    minute = [amhrpd.readings(1, second) for second in range(60)]
+    for name, step in {"temperature": 0.5, "humidity": 0.5, "battery": 1, "rssi": 2}.items():
+        values = [reading[name] for reading in minute]
+        assert len(set(values)) > 5
+        assert all(abs(a - b) <= step for a, b in zip(values, values[1:], strict=False)), name
+    assert amhrpd.readings(1, 0) != amhrpd.readings(2, 0)
+
+
+@in_a_loop
+async def test_simulation_without_an_end_shows_commands_and_ends_with_0_on_ctrl_c(database: Path) -> None:
+    async with gateway_on(database) as client:
+        master, terminal = os.openpty()
+        command = [sys.executable, str(HERE / "amhrpd.py"), "simulate", "--url", f"http://127.0.0.1:{client.port}"]
+        popen = subprocess.Popen([*command, "--devices", "2", "--duration", "0"], stdout=subprocess.PIPE, stderr=terminal)
+        os.close(terminal)
+        try:
+            await eventually(lambda: all_online(client, 2))
+            await client.post("/command?device_type=ESP32&command_name=wave", {"to": "you"})
+            await eventually(lambda: b"sim_0002: 'wave' {\"to\": \"you\"}" in os.read(master, 65536))
+            popen.send_signal(signal.SIGINT)
+            shown, _ = await asyncio.to_thread(popen.communicate, timeout=PATIENCE_S)
+            assert popen.returncode == 0
+            assert re.search(rb"^missing +nothing$", shown, re.MULTILINE)
+        finally:
+            popen.kill()
+            popen.wait()
+            os.close(master)
