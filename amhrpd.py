@@ -3749,7 +3749,8 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     failure_rate: Annotated[float, msgspec.Meta(ge=0, le=1, description="share of commands answered with a failure")] = 0.0
     reconnect_rate: Annotated[float, msgspec.Meta(ge=0, le=600, description="power cuts a board and minute, at random")] = 0.0
     commands: Annotated[
-        int | None, msgspec.Meta(ge=0, le=1_000_000, description="how many commands to all boards; one every 3 s if left out")
+        Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None,
+        msgspec.Meta(description="how many commands to all boards; one every 3 s if left out"),
     ] = None
     duration_s: Annotated[float, seconds(0, 86400, "seconds to play, 0 is until Ctrl-C")] = 30.0
     api_token: Token | None = None
@@ -3763,7 +3764,7 @@ def readings(number: int, at_s: float) -> dict[str, float]:
         return middle + swing * math.sin(math.tau * at_s / period_s + number)
 
     air = {"temperature": round(wave(23, 4, 120), 2), "humidity": round(wave(48, 12, 300), 1)}
-    return air | {"battery": round(wave(70, 25, 900)), "rssi": round(wave(-60, 9, 45))}
+    return air | {"battery": round(wave(70, 25, 900), 1), "rssi": round(wave(-60, 9, 45))}
 
 
 class SimulatedBoard:

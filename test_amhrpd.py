@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import logging
 import os
@@ -3163,7 +3164,7 @@ async def test_simulation_with_something_missing_ends_with_1(
         exit_code = await fleet.play(asyncio.Event())
         return exit_code, "".join(capsys.readouterr())
 
-    with pytest.raises(amhrpd.StartError, match="no answer from http://127.0.0.1:"):
+    with pytest.raises(amhrpd.StartError, match=r"no answer from http://127\.0\.0\.1:"):
         await played(free_port())
     async with gateway_on(database, device_token="token-of-boards") as client:
         exit_code, shown = await played(client.port, commands=0, device_token="token-of-nobody")
@@ -3175,7 +3176,7 @@ async def test_simulation_with_something_missing_ends_with_1(
         return '"seq":3,' in row["state_data"] or put(self, row)
 
     monkeypatch.setattr(amhrpd.Store, "put_snapshot", lose_one)
-    monkeypatch.setattr(amhrpd.Gateway, "acknowledge", lambda *_: None)
+    monkeypatch.setattr(amhrpd.Dispatch, "acknowledge", lambda *_: None)
     async with gateway_on(database) as client:
         exit_code, shown = await played(client.port, commands=3, status_interval_s=0.05)
         assert exit_code == 1
@@ -3188,7 +3189,7 @@ def test_readings_of_simulated_boards_move_smoothly() -> None:
     for name, step in {"temperature": 0.5, "humidity": 0.5, "battery": 1, "rssi": 2}.items():
         values = [reading[name] for reading in minute]
         assert len(set(values)) > 5
-        assert all(abs(a - b) <= step for a, b in zip(values, values[1:], strict=False)), name
+        assert all(abs(a - b) <= step for a, b in itertools.pairwise(values)), name
     assert amhrpd.readings(1, 0) != amhrpd.readings(2, 0)
 
 
@@ -3202,7 +3203,7 @@ async def test_simulation_without_an_end_shows_commands_and_ends_with_0_on_ctrl_
         try:
             await eventually(lambda: all_online(client, 2))
             await client.post("/command?device_type=ESP32&command_name=wave", {"to": "you"})
-            await eventually(lambda: b"sim_0002: 'wave' {\"to\": \"you\"}" in os.read(master, 65536))
+            await eventually(lambda: b'sim_0002: \'wave\' {"to": "you"}' in os.read(master, 65536))
             popen.send_signal(signal.SIGINT)
             shown, _ = await asyncio.to_thread(popen.communicate, timeout=PATIENCE_S)
             assert popen.returncode == 0
