@@ -571,14 +571,6 @@ def raw(text: JsonText) -> msgspec.Raw:
     return msgspec.Raw(text.encode())
 
 
-def memory_bytes(text: JsonText | None) -> int:
-    """What a text takes in memory at the most, the same whenever it is asked.
-
-    Beyond ASCII that is four bytes a character, and as many for the UTF-8 that Python keeps with a text once SQLite read it.
-    """
-    return 0 if text is None else 64 + len(text) * (1 if text.isascii() else 8)
-
-
 def utc_now() -> datetime:
     """The gateway's wall clock: naive, UTC, as the store keeps it. For records only; durations use the monotonic clock."""
     return datetime.now(UTC).replace(tzinfo=None)
@@ -1791,6 +1783,7 @@ class Device:
     state_timestamp: datetime | None = None
     alert: Row | None = None  # the latest, in memory only
     deadman: ArmedDeadman | None = None
+    unconfirmed: ArmedDeadman | None = None  # one that fired, while nothing was heard from the device since
     connection: Connection | None = None
     saved_s: float = -math.inf  # monotonic time of the last row handed to the store
     takeovers: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=10))  # the latest, monotonic
@@ -1871,8 +1864,8 @@ class Registry:
         self.keep_content(device)
         if len(self._devices) <= self.MAX_DEVICES:
             return None
-        offline = (other for other in self._devices.values() if not other.is_online and other is not device)
-        oldest = min(offline, key=lambda other: other.last_heartbeat or other.connected_at, default=None)
+        idle = (other for other in self._devices.values() if not (other.is_online or other.deadman or other is device))
+        oldest = min(idle, key=lambda other: other.last_heartbeat or other.connected_at, default=None)
         if oldest is not None:
             self.forgotten += 1
             self.remove(oldest)
@@ -1929,7 +1922,6 @@ class Command:
     recipients: set[str] | None = dataclasses.field(default_factory=set)
     answers: dict[str, msgspec.Raw] = dataclasses.field(default_factory=dict)
     answer_bytes: int = 0
-    succeeded: set[str] = dataclasses.field(default_factory=set)
     failed: set[str] = dataclasses.field(default_factory=set)
     alerts: list[Row] = dataclasses.field(default_factory=list)  # of its targets, while somebody waits for the answers
     is_persisted: bool = True
@@ -1954,9 +1946,14 @@ class Command:
         if isinstance(answers, dict):  # the earlier backend left there what it liked
             for device_id, answer in answers.items():
                 command._keep_answer(device_id, answer)
-                if isinstance(answer, dict) and "status" in answer:
-                    (command.succeeded if answer["status"] == "success" else command.failed).add(device_id)
+                if not isinstance(answer, dict) or answer.get("status") != "success":
+                    command.failed.add(device_id)
         return command
+
+    @property
+    def success_count(self) -> int:
+        """How many devices acknowledged success."""
+        return len(self.answers) - len(self.failed)
 
     @property
     def content_bytes(self) -> int:
@@ -1989,9 +1986,8 @@ class Command:
     def may_be_answered_by(self, device: Device) -> bool:
         """Whether the command was sent to the device, as far as is known."""
         if self.recipients is None:
-            answered = self.succeeded | self.failed
-            is_missing = len(answered) < self.target_device_count
-            return (device.device_id in answered or is_missing) and self.device_type in (device.device_type, EVERY_TYPE)
+            is_missing = len(self.answers) < self.target_device_count
+            return (device.device_id in self.answers or is_missing) and self.device_type in (device.device_type, EVERY_TYPE)
         return device.device_id in self.recipients
 
     def record_answer(self, device_id: str, ack: CommandAck) -> bool:
@@ -2001,13 +1997,10 @@ class Command:
         `ack_error` holds from the first such answer on (contract, section 4).
         """
         is_success = ack.status in (None, "success")
-        if device_id in self.failed or (is_success and device_id in self.succeeded):
+        if device_id in self.failed or (is_success and device_id in self.answers):
             return False
         now = utc_now()
-        if is_success:
-            self.succeeded.add(device_id)
-        else:
-            self.succeeded.discard(device_id)
+        if not is_success:
             self.failed.add(device_id)
             self.status = ACK_ERROR
         answer = {
@@ -2017,7 +2010,7 @@ class Command:
             "received_at": format_time(now),
         }
         self._keep_answer(device_id, answer)
-        if len(self.succeeded) + len(self.failed) >= self.target_device_count:
+        if len(self.answers) >= self.target_device_count:
             self.completed_at = now
             self.conclude(ACK_ERROR if self.failed else ACK_SUCCESS)
         return True
@@ -2046,7 +2039,7 @@ class Command:
             "completed_at": stored_time(self.completed_at),
             "response_data": to_json(self.answers) if self.answers else None,
             "target_device_count": self.target_device_count,
-            "success_count": len(self.succeeded),
+            "success_count": self.success_count,
         }
 
     def record(self, *, with_answers: bool) -> Row:
@@ -2059,7 +2052,7 @@ class Command:
             "status": self.status,
             "created_at": format_time(self.created_at),
             "target_device_count": self.target_device_count,
-            "success_count": len(self.succeeded),
+            "success_count": self.success_count,
         }
         if self.deadman is not None:
             record["deadman"] = self.deadman
@@ -2075,6 +2068,11 @@ class ArmedDeadman:
     armed_by: Command
     due_s: float  # monotonic
     due_at: datetime  # the same for people
+
+    @classmethod
+    def due_in(cls, armed_by: Command, after_s: float) -> ArmedDeadman:
+        """One that is due after so many seconds."""
+        return cls(armed_by, time.monotonic() + after_s, utc_now() + timedelta(seconds=after_s))
 
 
 class Commands:
@@ -2149,6 +2147,7 @@ class Dispatch:
         self.commands = Commands()
         self._awaited: set[Command] = set()  # those whose caller waits for the answers
         self._deadmen: dict[str, Device] = {}  # the devices that have one armed
+        self._next_due: asyncio.TimerHandle | None = None
         self._firing: set[asyncio.Task[None]] = set()
 
     async def route(self, request: CommandRequest) -> Command:
@@ -2229,8 +2228,10 @@ class Dispatch:
     def explain_no_devices(self, request: CommandRequest) -> str:
         """Why a command found none: which ids are offline, or which types there are and how many of each are online."""
         if request.device_id is not None:
-            return f"offline: {', '.join(request.device_id)}"
-        online = Counter(device.device_type for device in self._registry.matching() if device.is_online)
+            devices = [self._registry.find(device_id) for device_id in request.device_id]
+            offline = [device.device_id for device in devices if device is not None and not device.is_online]
+            return f"offline: {', '.join(offline)}" if offline else "none of them takes what it is sent"
+        online = Counter(device.device_type for device in self._registry.matching(is_online=True))
         known = sorted({device.device_type for device in self._registry.matching()})
         types = ", ".join(f"{name} ({online[name]} online)" for name in known[:50]) or "none yet"
         return f"no device of type {request.device_type} is online; types known: {types}"
@@ -2242,7 +2243,9 @@ class Dispatch:
             # Noted before the frame goes: the fastest boards answer within 2 ms.
             command.recipients.add(device.device_id)
             if device.connection is not None and await device.connection.send(frame):
-                self._arm(device, command)
+                self.disarm(device)
+                if command.deadman is not None:
+                    self.arm(device, ArmedDeadman.due_in(command, command.deadman.after))
                 if command.status == CREATED:
                     command.status = SENT
                 command.executed_at = command.executed_at or utc_now()
@@ -2256,6 +2259,8 @@ class Dispatch:
             self.commands.close(command)
         elif command.is_open:
             self._expire_later(command, command.timeout_s)
+        if command.deadman is not None:
+            self.fire_due()
         self._store.put_command(command.command_id, command)
         log.info(
             "command_routed",
@@ -2296,50 +2301,62 @@ class Dispatch:
 
     # -- deadmen -------------------------------------------------------------------------------------------------------
 
-    def _arm(self, device: Device, command: Command) -> None:
-        """A command reached a device: it disarms the deadman that it had, and arms its own."""
-        self.disarm(device)
-        if command.deadman is not None:
-            after_s = command.deadman.after
-            device.deadman = ArmedDeadman(command, time.monotonic() + after_s, utc_now() + timedelta(seconds=after_s))
-            self._deadmen[device.device_id] = device
-            asyncio.get_running_loop().call_later(after_s, self.fire_due)
+    def arm(self, device: Device, deadman: ArmedDeadman) -> None:
+        """Have a deadman fire when it is due, and the device is online."""
+        device.deadman = deadman
+        self._deadmen[device.device_id] = device
 
     def disarm(self, device: Device) -> None:
         """Nothing is due to the device any more."""
-        device.deadman = None
+        device.deadman = device.unconfirmed = None
         self._deadmen.pop(device.device_id, None)
 
     def fire_due(self, *, is_stopping: bool = False) -> None:
         """Send what is due, at a stop whatever is armed: one command for all devices that are due by the same one.
 
-        A device that is offline keeps its deadman until it registers again.
+        A device that is offline keeps its deadman until it registers again. The next one that is due calls this again.
         """
         now_s = time.monotonic() + 0.001  # the loop's timers are that early
         due: dict[Command, list[Device]] = {}
+        next_due_s = math.inf
         for device in self._deadmen.values():
-            if device.deadman is not None and device.is_online and (is_stopping or device.deadman.due_s <= now_s):
+            if device.deadman is None or not device.is_online:
+                continue
+            if is_stopping or device.deadman.due_s <= now_s:
                 due.setdefault(device.deadman.armed_by, []).append(device)
+            else:
+                next_due_s = min(next_due_s, device.deadman.due_s)
         for armed_by, devices in due.items():
-            assert armed_by.deadman is not None
-            types = {device.device_type for device in devices}
-            device_type = types.pop() if len(types) == 1 else EVERY_TYPE
-            command = self._build(device_type, armed_by.deadman.command_name, armed_by.deadman.payload, devices)
-            for device in devices:
-                self.disarm(device)
-            log.warning("deadman_fired", command_id=command.command_id, armed_by=armed_by.command_id, targets=len(devices))
-            task = asyncio.create_task(self._fire(command, armed_by, devices))
+            task = asyncio.create_task(self._fire(armed_by, devices))
             self._firing.add(task)
             task.add_done_callback(self._firing.discard)
+            for device in devices:
+                self.disarm(device)
+        if self._next_due is not None:
+            self._next_due.cancel()
+        self._next_due = None
+        if next_due_s < math.inf:
+            self._next_due = asyncio.get_running_loop().call_later(next_due_s - time.monotonic(), self.fire_due)
 
-    async def _fire(self, command: Command, armed_by: Command, devices: list[Device]) -> None:
+    async def _fire(self, armed_by: Command, devices: list[Device]) -> None:
         """Stopping a robot waits for no disk: the frames go first, and the row follows."""
+        assert armed_by.deadman is not None
+        types = {device.device_type for device in devices}
+        device_type = types.pop() if len(types) == 1 else EVERY_TYPE
+        command = self._build(device_type, armed_by.deadman.command_name, armed_by.deadman.payload, devices)
+        log.warning("deadman_fired", command_id=command.command_id, armed_by=armed_by.command_id, targets=len(devices))
         self._enter(command)
         await self._send(command, command.frame(), devices)
         for device in devices:
-            if command.recipients is not None and device.device_id not in command.recipients and device.deadman is None:
-                device.deadman = ArmedDeadman(armed_by, time.monotonic(), utc_now())  # for when it is back
-                self._deadmen[device.device_id] = device
+            if command.recipients is not None and device.device_id in command.recipients:
+                device.unconfirmed = ArmedDeadman.due_in(armed_by, 0)
+            elif device.deadman is None:
+                self.arm(device, ArmedDeadman.due_in(armed_by, 0))  # for when it takes frames again
+
+    def connection_lost(self, device: Device) -> None:
+        """A connection that took a deadman's command and then said nothing may have been dead: it is due again."""
+        if device.unconfirmed is not None:
+            self.arm(device, device.unconfirmed)
 
     async def stop(self) -> None:
         """Send every armed deadman, and await no more answers."""
@@ -2494,6 +2511,7 @@ class Gateway:
         else:
             device.unlogged_takeovers += 1
             log.warning("takeovers_not_written", device_id=device.device_id, reason="two boards have this device_id")
+        self.dispatch.connection_lost(device)
         previous.hang_up(CLOSE_REPLACED, reason)
         return is_logged
 
@@ -2502,6 +2520,8 @@ class Gateway:
         if device is None or device.connection is not connection:
             return
         device.connection = None
+        if code is None or event == TIMEOUT:  # without a word
+            self.dispatch.connection_lost(device)
         device.disconnected_at = utc_now()
         self._save_device(device)
         self._log_event(device, event, self._end_details(connection, code, reason), device.disconnected_at)
@@ -2558,6 +2578,7 @@ class Gateway:
         connection.pinged_s = None
         if connection.device is not None:
             connection.device.last_heartbeat = utc_now()
+            connection.device.unconfirmed = None
 
     def _register(self, device: Device, message: Registration) -> None:
         if message.device_type is None:

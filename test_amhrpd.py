@@ -844,6 +844,304 @@ async def test_one_device_is_targeted_by_its_id(database: Path) -> None:
 
 
 @in_a_loop
+async def test_commands_to_all_and_to_several(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a", "X") as a, client.board("b", "X"), client.board("c", "Y"):
+        answer = await client.post("/command", {"device_type": "*", "command_name": "stop"})
+        assert (answer["device_type"], answer["target_device_count"], answer["status"]) == ("*", 3, "sent")
+        assert (await hear(a, "command"))["device_type"] == "*"
+        for body, device_type, count in (
+            ({"device_id": ["a", "c", "a"]}, "*", 2),
+            ({"device_id": ["a", "b"]}, "X", 2),
+            ({"device_id": ["b", "b"]}, "X", 1),
+            ({"device_id": "c"}, "Y", 1),
+            ({"device_id": "a,c"}, "*", 2),
+        ):
+            answer = await client.post("/command", {**body, "command_name": "turn"})
+            assert (answer["device_type"], answer["target_device_count"]) == (device_type, count)
+            assert (await client.get(f"/command-logs/{answer['command_id']}"))["device_type"] == device_type
+        answer = await client.post("/command?device_id=a,c,a&command_name=turn", {"speed": 3})
+        assert (answer["target_device_count"], answer["payload"]) == (2, {"speed": 3})
+        wrong = await client.post("/command?device_id=a,nobody,b,none&command_name=turn", status=404)
+        assert wrong == {"error": "never seen: nobody, none", "error_code": "DEVICE_NOT_FOUND"}
+        assert (await client.post("/command", {"device_id": [], "command_name": "x"}, 400))[
+            "error_code"
+        ] == "INVALID_FIELD_VALUE"
+        assert (await client.post("/command", {"device_id": ["a", 5], "command_name": "x"}, 400))["error"].startswith(
+            "device_id"
+        )
+
+
+@in_a_loop
+async def test_no_devices_says_which_there_are(database: Path) -> None:
+    async with gateway_on(database) as client:
+        answer = await client.post("/command", {"device_type": "esp32", "command_name": "turn"})
+        assert answer["detail"] == "no device of type esp32 is online; types known: none yet"
+        async with client.board("a", "ESP32"), client.board("b", "ESP32"):
+            async with client.board("c", "cam"):
+                pass
+            await eventually(lambda: not_online(client, "c"))
+            answer = await client.post("/command?wait=1", {"device_type": "esp32", "command_name": "turn"})
+            assert answer["detail"] == "no device of type esp32 is online; types known: ESP32 (2 online), cam (0 online)"
+            answer = await client.post("/command", {"device_id": ["c"], "command_name": "turn"})
+            assert answer["detail"] == "offline: c"
+            assert "detail" not in await client.post("/command", {"device_id": ["a", "c"], "command_name": "turn"})
+
+
+# -- deadmen -----------------------------------------------------------------------------------------------------------
+
+
+def driving(after: float, *device_ids: str, stop: str = "stop") -> dict[str, Any]:
+    """A command that must not outlive its caller."""
+    deadman = {"after": after, "command_name": stop, "payload": {"hard": True}}
+    return {"device_id": list(device_ids), "command_name": "forward", "payload": {"speed": 80}, "deadman": deadman}
+
+
+async def commands_heard(board: ClientConnection, heard: list[tuple[str, float]]) -> None:
+    """Note the commands that come and when."""
+    async for frame in board:
+        message = json.loads(frame)
+        if message["message_type"] == "command":
+            heard.append((message["command_name"], time.monotonic()))
+
+
+@in_a_loop
+async def test_deadman_fires_once_for_all_that_are_due(database: Path) -> None:
+    with logged() as events:
+        async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b:
+            answer = await client.post("/command", driving(0.3, "a", "b"))
+            sent_s = time.monotonic()
+            assert answer["deadman"] == {"after": 0.3, "command_name": "stop", "payload": {"hard": True}}
+            due_at = datetime.fromisoformat((await client.get("/devices/a"))["deadman_at"])
+            assert timedelta(0) < due_at - amhrpd.utc_now() < timedelta(seconds=0.3)
+            frames = []
+            for board in (a, b):
+                assert (await hear(board, "command"))["command_name"] == "forward"
+                frames.append(await hear(board, "command"))
+                assert 0.2 < time.monotonic() - sent_s < 0.5
+            assert frames[0] == frames[1]
+            assert (frames[0]["command_name"], frames[0]["payload"]) == ("stop", {"hard": True})
+            assert (await client.get("/devices/a"))["deadman_at"] is None
+            row = await client.get(f"/command-logs/{frames[0]['command_id']}")
+            assert (row["command_name"], row["target_device_count"], row["status"]) == ("stop", 2, "sent")
+            await say(a, "command_ack", command_id=row["command_id"])
+            await eventually(lambda: row_has(client, f"/command-logs/{row['command_id']}", success_count=1))
+    (fired,) = named(events, "deadman_fired")
+    assert (fired["command_id"], fired["armed_by"], fired["level"]) == (row["command_id"], answer["command_id"], "warning")
+
+
+@in_a_loop
+async def test_any_command_that_reaches_a_device_disarms_its_deadman(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b:
+        heard_a: list[tuple[str, float]] = []
+        heard_b: list[tuple[str, float]] = []
+        async with background(commands_heard(a, heard_a), commands_heard(b, heard_b)):
+            for _ in range(5):  # a caller that repeats itself keeps them going
+                await client.post("/command", driving(0.3, "a", "b"))
+                await asyncio.sleep(0.1)
+            await client.post("/command?device_id=a&command_name=beep")
+            assert (await client.get("/devices/a"))["deadman_at"] is None
+            await eventually(lambda: "stop" in dict(heard_b))
+            assert [name for name, _ in heard_b] == ["forward"] * 5 + ["stop"]
+            assert [name for name, _ in heard_a] == ["forward"] * 5 + ["beep"]
+
+
+@in_a_loop
+async def test_bad_deadman_is_refused_whole(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        good = {"after": 1, "command_name": "stop"}
+        for bad, status, text in (
+            ({**good, "after": 0.1}, 400, "after"),
+            ({**good, "after": 61}, 400, "after"),
+            ({**good, "after": "1"}, 400, "after"),
+            ({"after": 1}, 400, "command_name"),
+            ({"command_name": "stop"}, 400, "after"),
+            ({**good, "command_name": ""}, 400, "command_name"),
+            ({**good, "payload": 5}, 400, "payload"),
+            ({**good, "payload": {"x": "y" * 20_000}}, 413, "bytes"),
+            ({**good, "at": 5}, 400, "at"),
+            (5, 400, "deadman"),
+        ):
+            answer = await client.post("/command", {"device_id": "a", "command_name": "go", "deadman": bad}, status)
+            assert text in answer["error"], answer
+        assert (await client.get("/command-logs"))["total"] == 0
+        await client.post("/command", {"device_id": "a", "command_name": "first", "deadman": None})
+        assert (await hear(board, "command"))["command_name"] == "first"
+
+
+@in_a_loop
+async def test_deadman_follows_a_device_to_its_next_connection(database: Path) -> None:
+    async with gateway_on(database) as client:
+        async with client.board("a") as first, client.board("b"), client.board("c"):
+            await client.post("/command", driving(0.4, "a", "b", "c"))
+            async with client.board("a") as second:  # took over before it is due
+                assert await closed_with(first) == 4000
+                assert (await hear(second, "command"))["command_name"] == "stop"
+        await eventually(lambda: row_has(client, "/devices/b", is_online=False))
+        assert (await client.get("/devices/b"))["deadman_at"] is None  # it had its stop
+        async with client.board("b"), client.board("c"):
+            await client.post("/command", driving(0.2, "b", "c"))
+        await eventually(lambda: not_online(client, "b"))
+        await eventually(lambda: not_online(client, "c"))
+        await asyncio.sleep(0.25)
+        assert (await client.get("/devices/b"))["deadman_at"] is not None
+        async with client.board("b") as board:  # was offline when it was due
+            assert (await hear(board, "command"))["command_name"] == "stop"
+            board.transport.abort()
+        await eventually(lambda: not_online(client, "b"))
+        async with client.board("b") as board:  # it said nothing after its stop: perhaps that connection was dead
+            assert (await hear(board, "command"))["command_name"] == "stop"
+            await say(board, "status", payload={"stopped": True})
+            await eventually(lambda: state_is(client, "b", {"stopped": True}))
+        async with client.board("b") as board:
+            await client.post("/command?device_id=b&command_name=beep")
+            assert (await hear(board, "command"))["command_name"] == "beep"
+
+
+@in_a_loop
+async def test_armed_deadmen_are_sent_before_the_close_frames_of_a_stop(database: Path) -> None:
+    async with contextlib.AsyncExitStack() as outlive, gateway_on(database) as client:
+        boards = [await outlive.enter_async_context(client.board(f"b{number}")) for number in range(3)]
+        await client.post("/command", driving(60, "b0", "b1"))
+        heard: list[list[tuple[str, float]]] = [[], [], []]
+        await outlive.enter_async_context(
+            background(*(commands_heard(board, list_) for board, list_ in zip(boards, heard, strict=True)))
+        )
+    assert [[name for name, _ in list_] for list_ in heard] == [["forward", "stop"], ["forward", "stop"], []]
+    assert [board.close_code for board in boards] == [1001] * 3
+    assert rows_of(database, "SELECT status, target_device_count FROM command_logs WHERE command_name = 'stop'") == [
+        ("sent", 2)
+    ]
+
+
+@in_a_loop
+async def test_deadman_waits_for_no_disk(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        answer = await client.post("/command", driving(0.5, "a"))
+        sent_s = time.monotonic()
+        await hear(board, "command")
+        with disk_that_stalls(database):
+            stop = await hear(board, "command")
+            assert time.monotonic() - sent_s < 0.7
+        row = await client.get(f"/command-logs/{stop['command_id']}")
+        assert row["command_id"] != answer["command_id"]
+
+
+@in_a_loop
+async def test_caller_that_is_killed_while_it_drives_20_boards(database: Path) -> None:
+    """Every board has its stop within `after` and 0.2 s."""
+    after_s = 0.6
+    drive = f"""
+import json, time, urllib.request
+body = {json.dumps(driving(after_s, *(f"wheel_{n}" for n in range(20))))!r}.encode()
+while True:
+    urllib.request.urlopen("http://127.0.0.1:PORT/command", body).read()
+    time.sleep(0.2)
+"""
+    async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
+        boards = [await stack.enter_async_context(client.board(f"wheel_{n}")) for n in range(20)]
+        heard: list[list[tuple[str, float]]] = [[] for _ in boards]
+        await stack.enter_async_context(
+            background(*(commands_heard(board, list_) for board, list_ in zip(boards, heard, strict=True)))
+        )
+        caller = subprocess.Popen([sys.executable, "-c", drive.replace("PORT", str(client.port))])
+        try:
+            await eventually(lambda: all(len(list_) >= 5 for list_ in heard))
+        finally:
+            caller.kill()
+            await asyncio.to_thread(caller.wait)
+        await eventually(lambda: all(list_[-1][0] == "stop" for list_ in heard))
+        for list_ in heard:
+            (_, driven_s), (_, stopped_s) = list_[-2:]
+            assert after_s - 0.05 < stopped_s - driven_s < after_s + 0.2
+            assert [name for name, _ in list_].count("stop") == 1
+
+
+# -- alerts ------------------------------------------------------------------------------------------------------------
+
+
+@in_a_loop
+async def test_alerts_are_seen_by_who_waits_and_in_the_device_record(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("wheel") as wheel, client.board("other") as other:
+        asked = asyncio.create_task(client.post("/command?wait=1", {"device_id": "wheel", "command_name": "forward"}))
+        await hear(wheel, "command")
+        await say(other, "alert", alert_type="collision", message="not a target")
+        await say(wheel, "alert", alert_type="obstacle", message="wheels are locked")
+        await say(wheel, "error", error_code="STALL", error_message="left motor")
+        answer = await asked
+        assert answer["status"] == "sent"
+        assert [(alert["device_id"], alert["kind"], alert["type"], alert["message"]) for alert in answer["alerts"]] == [
+            ("wheel", "alert", "obstacle", "wheels are locked"),
+            ("wheel", "error", "STALL", "left motor"),
+        ]
+        assert all(TIME.fullmatch(alert["timestamp"]) for alert in answer["alerts"])
+        latest = (await client.get("/devices/wheel"))["alert"]
+        assert {**latest, "timestamp": ""} == {"kind": "error", "type": "STALL", "message": "left motor", "timestamp": ""}
+        assert (await client.get("/devices/other"))["alert"]["kind"] == "alert"
+        assert (await client.post("/command?wait=0.1", {"device_id": "wheel", "command_name": "x"}))["alerts"] == []
+
+
+# -- forgetting --------------------------------------------------------------------------------------------------------
+
+
+@in_a_loop
+async def test_device_is_forgotten_whole(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 10)
+    async with gateway_on(database) as client:
+        async with client.board("a") as a, client.board("b") as b:
+            for board in (a, b):
+                for number in range(35):
+                    await say(board, "status", payload={"n": number})
+            await eventually(lambda: state_is(client, "b", {"n": 34}))
+            command = await client.post("/command?device_id=a&command_name=x")
+            assert (await client.ask("DELETE", "/devices/a")) == (
+                409,
+                {
+                    "error": "device 'a' is online; only one that is offline can be deleted",
+                    "error_code": "DEVICE_ONLINE",
+                },
+            )
+        await eventually(lambda: not_online(client, "a"))
+        assert await client.ask("DELETE", "/devices/nobody") == (
+            404,
+            {"error": "device 'nobody' was never seen", "error_code": "DEVICE_NOT_FOUND"},
+        )
+        deleted = {"device_id": "a", "deleted": {"snapshots": 35, "events": 2}}
+        assert await client.ask("DELETE", "/api/devices/a") == (200, deleted)
+        for path in ("/devices/a", "/state-history/a", "/device-connection-history/a"):
+            await client.get(path, 404)
+        assert (await client.get(f"/command-logs/{command['command_id']}"))["command_name"] == "x"
+        assert (await client.get("/state-history/b"))["total"] == 35
+        assert [device["device_id"] for device in (await client.get("/devices"))["devices"]] == ["b"]
+        async with client.board("a"):
+            assert (await client.get("/devices/a"))["state"] is None
+            assert (await client.get("/state-history/a"))["total"] == 0
+
+
+@in_a_loop
+async def test_forgetting_that_is_cut_short_leaves_a_device_known_or_gone_whole(database: Path) -> None:
+    slow = "import amhrpd, sys\namhrpd.Store.DELETED_AT_ONCE = 1\nsys.argv = ['amhrpd.py']\nsys.exit(amhrpd.main())"
+    async with process_on(database, code=slow) as (process, client):
+        async with client.board("a") as board:
+            for number in range(3000):
+                await say(board, "status", payload={"n": number})
+            await eventually(lambda: state_is(client, "a", {"n": 2999}))
+        await eventually(lambda: not_online(client, "a"))
+        count = "SELECT count(*) FROM device_state_snapshots"
+        await eventually(lambda: rows_of(database, count) == [(3000,)])
+        with contextlib.suppress(aiohttp.ClientError):
+            async with background(client.ask("DELETE", "/devices/a")):
+                await eventually(lambda: rows_of(database, count)[0][0] < 2900)
+                process.popen.kill()
+                await process.exit_code()
+    ((left,),) = rows_of(database, count)
+    assert 0 < left < 2900
+    async with gateway_on(database) as client:
+        assert (await client.get("/devices/a"))["device_id"] == "a"
+        status, answer = await client.ask("DELETE", "/devices/a")
+        assert (status, answer["deleted"]["snapshots"]) == (200, left)
+
+
+@in_a_loop
 async def test_wait_ends_with_the_answers_or_with_the_time(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b:
         async with background(answer_commands(a), answer_commands(b, "failure")):
