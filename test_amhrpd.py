@@ -984,8 +984,11 @@ async def test_deadman_follows_a_device_to_its_next_connection(database: Path) -
         await eventually(lambda: not_online(client, "c"))
         await asyncio.sleep(0.25)
         assert (await client.get("/devices/b"))["deadman_at"] is not None
-        async with client.board("b") as board:  # was offline when it was due
-            assert (await hear(board, "command"))["command_name"] == "stop"
+        async with client.board("b") as board:  # was offline when it was due: the first thing that it hears
+            await client.post("/command?device_id=b&command_name=beep")
+            assert [(await hear(board, "command"))["command_name"] for _ in range(2)] == ["stop", "beep"]
+            await client.post("/command", driving(0.2, "b"))
+            assert [(await hear(board, "command"))["command_name"] for _ in range(2)] == ["forward", "stop"]
             board.transport.abort()
         await eventually(lambda: not_online(client, "b"))
         async with client.board("b") as board:  # it said nothing after its stop: perhaps that connection was dead
