@@ -12,6 +12,7 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Store           the four tables, the file, one writer thread, one reader thread
     Devices         the registry: every device known, the connections of those online
     Commands        the commands that are open or may still be answered
+    Events          who listens to what happens
     Gateway         what happens when: the verbs
     Device socket   one board's connection: frame -> message -> verb, error -> reply
     REST            thin handlers, access rules, one shape for every error
@@ -73,6 +74,7 @@ import structlog
 import websockets
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp_sse import sse_response
 from sqlalchemy.dialects import sqlite
 
 VERSION = "1.0.0"
@@ -1829,6 +1831,11 @@ class Device:
             "deadman_at": None if self.deadman is None else format_time(self.deadman.due_at),
         }
 
+    def state_record(self) -> Row:
+        """The latest state as listeners get it (contract, section 8), ready to encode."""
+        record = self.record()
+        return {name: record[name] for name in ("device_id", "device_type", "state")} | {"timestamp": record["state_timestamp"]}
+
     @classmethod
     def restore(cls, row: Row) -> Device:
         """A device of an earlier run, from its row (see Restored); it is offline."""
@@ -2042,6 +2049,10 @@ class Command:
             "success_count": self.success_count,
         }
 
+    def shown(self) -> Row:
+        """The row as the command log shows it, ready to encode."""
+        return presentable("command_logs", self.row())
+
     def record(self, *, with_answers: bool) -> Row:
         """The command as `POST /command` answers it (contract, section 6), ready to encode."""
         record: Row = {
@@ -2126,6 +2137,174 @@ class Commands:
 
 
 # ======================================================================================================================
+# Events
+# ======================================================================================================================
+
+
+SILENCE_S = 15.0  # after which a listener is told that the connection is alive (contract, section 8)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to some devices, as it goes over the wire."""
+
+    name: str
+    device_type: str
+    device_ids: Collection[str]
+    text: bytes
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Listener:
+    """Somebody who follows what happens. A filter that is None lets everything pass; `cut_off` ends the way to them."""
+
+    cut_off: Callable[[], None]
+    names: Collection[str] | None = None
+    device_ids: Collection[str] | None = None
+    device_type: str | None = None
+    seen: int = 0  # the number of the last event that was theirs to take
+
+    def wants(self, event: Event) -> bool:
+        """Whether an event passes the filters. A command to several types is one to each of them."""
+        return (
+            (self.names is None or event.name in self.names)
+            and (self.device_ids is None or any(device_id in event.device_ids for device_id in self.device_ids))
+            and (self.device_type is None or event.device_type in (self.device_type, EVERY_TYPE))
+        )
+
+
+class Events:
+    """What happens, for those who listen (contract, section 8): one ring of the latest events, each encoded once.
+
+    A listener has a place in the ring, and who falls out of it is cut off.
+    """
+
+    MAX_EVENTS = 1000
+    MAX_BYTES = 4 << 20  # of all events; a state can be 64 KB
+    MAX_LISTENERS = 64
+    PIECE_BYTES = 64 << 10  # what a listener's connection gets at a time
+    REPEAT_S = 0.1  # between two events of the same kind about the same thing: the latest wins
+    PAUSE_S = 0.05  # between two pieces, so that 64 listeners and 2,000 events a second are few wake-ups
+    LINGER_S = 60.0  # events go on without a listener, for one that was cut off or reloads
+    CLOSE_TIMEOUT_S = 0.5  # at a stop, for the last events to be taken
+
+    def __init__(self) -> None:
+        self._run = uuid.uuid4().hex[:8]  # an id of another run must not look like one of ours
+        self._last = 0  # the number of the latest event
+        self._ring: deque[Event] = deque()
+        self._ring_bytes = 0
+        self._listeners: set[Listener] = set()
+        self._is_wanted_until_s = -math.inf
+        self._news = asyncio.Event()
+        self._latest: dict[str, Callable[[], None] | None] = {}  # what was told just now, and what to tell of it next
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    def tell(self, name: str, device_type: str, device_ids: Collection[str], record: Callable[[], Row], of: str = "") -> None:
+        """Something happened; `record` is asked for it where anybody listens. Where it tells the state `of` something that was
+        told just now, it waits for REPEAT_S to be over, and the latest wins.
+        """
+        if time.monotonic() > self._is_wanted_until_s:
+            return
+        publish = functools.partial(self._publish, name, device_type, device_ids, record)
+        if (key := f"{name} {of}") in self._latest:
+            self._latest[key] = publish
+            return
+        if of:
+            self._latest[key] = None
+            self._timer = self._timer or asyncio.get_running_loop().call_later(self.REPEAT_S, self._tell_latest)
+        publish()
+
+    def _tell_latest(self) -> None:
+        waiting = {key: publish for key, publish in self._latest.items() if publish is not None}
+        self._latest = dict.fromkeys(waiting)
+        self._timer = asyncio.get_running_loop().call_later(self.REPEAT_S, self._tell_latest) if waiting else None
+        for publish in waiting.values():
+            publish()
+
+    def _publish(self, name: str, device_type: str, device_ids: Collection[str], record: Callable[[], Row]) -> None:
+        self._last += 1
+        text = f"id: {self._run}-{self._last}\nevent: {name}\ndata: {to_json(record())}\n\n".encode()
+        self._ring.append(Event(name, device_type, device_ids, text))
+        self._ring_bytes += len(text)
+        while len(self._ring) > self.MAX_EVENTS or (self._ring_bytes > self.MAX_BYTES and len(self._ring) > 1):
+            self._ring_bytes -= len(self._ring.popleft().text)
+        for listener in self._listeners:
+            if listener.seen < self._last - len(self._ring):
+                listener.cut_off()
+        self._news.set()
+
+    @contextlib.contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """The time in which somebody listens. Raises RESOURCE_EXHAUSTED, STOPPING."""
+        if self._is_closed:
+            raise GatewayError(Code.STOPPING, "the gateway is going down")
+        if len(self._listeners) >= self.MAX_LISTENERS:
+            raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.MAX_LISTENERS} listen already")
+        if time.monotonic() > self._is_wanted_until_s:  # nobody was told what happened meanwhile
+            self._last += 1
+            self._ring.clear()
+            self._ring_bytes = 0
+        self._listeners.add(listener)
+        self._is_wanted_until_s = math.inf
+        try:
+            yield
+        finally:
+            self._listeners.discard(listener)
+            if not self._listeners:
+                self._is_wanted_until_s = time.monotonic() + self.LINGER_S
+
+    async def follow(self, listener: Listener, last_event_id: str | None) -> AsyncIterator[bytes]:
+        """What happens from now on, or after the event that the listener had last, in pieces. Ends when the gateway stops."""
+        run, _, number = (last_event_id or "").rpartition("-")
+        is_known = run == self._run and number.isdecimal() and self._last - len(self._ring) <= int(number) <= self._last
+        listener.seen = int(number) if is_known else self._last
+        reset = "" if is_known or last_event_id is None else "event: reset\ndata: {}\n"
+        yield f"retry: 1000\nid: {self._run}-{listener.seen}\n{reset}\n".encode()  # an id to come back with before any event
+        while True:
+            while listener.seen < self._last:
+                piece = self._take_piece(listener)
+                for start in range(0, len(piece), self.PIECE_BYTES):
+                    yield piece[start : start + self.PIECE_BYTES]
+            if self._is_closed:
+                return
+            await asyncio.sleep(self.PAUSE_S)
+            if listener.seen == self._last:
+                self._news.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SILENCE_S):
+                        await self._news.wait()
+                if listener.seen == self._last:
+                    yield b""  # a look whether it is still there
+
+    def _take_piece(self, listener: Listener) -> bytes:
+        """The next events that the listener wants, as many as make a piece."""
+        texts: list[bytes] = []
+        size_bytes = 0
+        for event in itertools.islice(self._ring, len(self._ring) - (self._last - listener.seen), None):
+            if listener.wants(event):
+                size_bytes += len(event.text)
+                if texts and size_bytes > self.PIECE_BYTES:
+                    break
+                texts.append(event.text)
+            listener.seen += 1
+        return b"".join(texts)
+
+    async def close(self) -> None:
+        """Tell what waits to be told, and let everybody go. Who doesn't take it in time is cut off."""
+        self._tell_latest()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._is_closed = True
+        self._news.set()
+        over_s = time.monotonic() + self.CLOSE_TIMEOUT_S
+        while self._listeners and time.monotonic() < over_s:
+            await asyncio.sleep(0.01)
+        for listener in self._listeners:
+            listener.cut_off()
+
+
+# ======================================================================================================================
 # Gateway
 # ======================================================================================================================
 
@@ -2140,10 +2319,11 @@ class Dispatch:
     TURN_TARGETS = 64  # about 2 ms of sending, then the others have their turn
     MAX_ALERTS = 100  # in an answer
 
-    def __init__(self, settings: Settings, store: Store, registry: Registry) -> None:
+    def __init__(self, settings: Settings, store: Store, registry: Registry, events: Events) -> None:
         self._settings = settings
         self._store = store
         self._registry = registry
+        self._events = events
         self.commands = Commands()
         self._awaited: set[Command] = set()  # those whose caller waits for the answers
         self._deadmen: dict[str, Device] = {}  # the devices that have one armed
@@ -2177,6 +2357,11 @@ class Dispatch:
             target_device_count=len(targets),
             created_at=utc_now(),
         )
+
+    def _save(self, command: Command) -> None:
+        self._store.put_command(command.command_id, command)
+        device_ids = command.answers if command.recipients is None else command.recipients
+        self._events.tell("command", command.device_type, device_ids, command.shown, of=command.command_id)
 
     def _enter(self, command: Command) -> None:
         """Have the command among the open ones, where it has targets. Whatever happens to its caller, it ends."""
@@ -2261,7 +2446,7 @@ class Dispatch:
             self._expire_later(command, command.timeout_s)
         if command.deadman is not None:
             self.fire_due()
-        self._store.put_command(command.command_id, command)
+        self._save(command)
         log.info(
             "command_routed",
             command_id=command.command_id,
@@ -2279,7 +2464,7 @@ class Dispatch:
         if command is None or not command.may_be_answered_by(device):
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
         if self.commands.record_answer(command, device.device_id, message):
-            self._store.put_command(command.command_id, command)
+            self._save(command)
             log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
 
     def record_alert(self, device: Device, alert: Row) -> None:
@@ -2296,7 +2481,7 @@ class Dispatch:
     def _expire(self, command: Command) -> None:
         command.conclude(ACK_TIMEOUT if command.status in OPEN_STATUSES else command.status)
         self.commands.close(command)
-        self._store.put_command(command.command_id, command)
+        self._save(command)
         log.info("command_unanswered", command_id=command.command_id, status=command.status, answers=len(command.answers))
 
     # -- deadmen -------------------------------------------------------------------------------------------------------
@@ -2381,7 +2566,8 @@ class Gateway:
         self._settings = settings
         self._store = store
         self.registry = Registry(store.is_device_waiting)
-        self.dispatch = Dispatch(settings, store, self.registry)
+        self.events = Events()
+        self.dispatch = Dispatch(settings, store, self.registry, self.events)
         self.is_stopping = False
         self._lane = asyncio.Lock()  # for boards that flood, one at a time
         self._connections: set[Connection] = set()
@@ -2400,7 +2586,8 @@ class Gateway:
             log.info("restored", devices=len(restored.devices), open_commands=len(self.dispatch.commands.open))
 
     async def stop(self) -> None:
-        """Take no more commands, stop what a deadman stops, log every board off and close its connection with 1001.
+        """Take no more commands, stop what a deadman stops, log every board off and close its connection with 1001; then
+        listeners have heard it all and go.
 
         Acknowledgements that arrive before a board's echo still count. Bounded by STOP_TIMEOUT_S.
         """
@@ -2413,6 +2600,7 @@ class Gateway:
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
                 for connection in leaving:
                     await connection.is_over.wait()
+        await self.events.close()
 
     # -- devices -------------------------------------------------------------------------------------------------------
 
@@ -2449,7 +2637,12 @@ class Gateway:
         self._store.forget_device(device_id)
         deleted = await self._store.delete_device(device_id, lambda: self.registry.find(device_id) is not None)
         log.info("device_deleted", device_id=device_id, **deleted)
+        self._tell_of(device, "device", lambda: {"device_id": device_id, "deleted": True})
         return deleted
+
+    def _tell_of(self, device: Device, name: str, record: Callable[[], Row]) -> None:
+        """Tell listeners the state of a device."""
+        self.events.tell(name, device.device_type, (device.device_id,), record, of=device.device_id)
 
     def _save_device(self, device: Device, *, urgent: bool = True) -> None:
         device.saved_s = time.monotonic()
@@ -2525,6 +2718,7 @@ class Gateway:
         device.disconnected_at = utc_now()
         self._save_device(device)
         self._log_event(device, event, self._end_details(connection, code, reason), device.disconnected_at)
+        self._tell_of(device, "device", device.record)
 
     def _log_event(self, device: Device, event: str, details: Row, moment: datetime) -> None:
         if device.unlogged_takeovers:
@@ -2556,6 +2750,8 @@ class Gateway:
                     raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
                 raise GatewayError(Code.UNAUTHORIZED, "device_type required: the first message must bear it")
             device = self._come_online(connection, message.device_type)
+            if not isinstance(message, Registration):  # which says more, and is told of then
+                self._tell_of(device, "device", device.record)
         match message:
             case Status():
                 self._record_status(device, message)
@@ -2588,6 +2784,7 @@ class Gateway:
             device.metadata = to_json(message.metadata)
             self.registry.keep_content(device)
         self._save_device(device)
+        self._tell_of(device, "device", device.record)
 
     def _record_status(self, device: Device, message: Status) -> None:
         device.state, device.state_timestamp = to_json(message.payload), utc_now()
@@ -2600,11 +2797,14 @@ class Gateway:
         }
         if not self._store.put_snapshot(row):
             log.warning("snapshots_dropped", device_id=device.device_id)
+        self._tell_of(device, "state", device.state_record)
 
     def _record_alert(self, device: Device, kind: str, of_type: str, text: str, context: object = None) -> None:
         """A board says what a person should know."""
         device.alert = {"kind": kind, "type": of_type[:200], "message": text[:1000], "timestamp": format_time(utc_now())}
         self.dispatch.record_alert(device, device.alert)
+        record = {"device_id": device.device_id, "device_type": device.device_type, **device.alert}
+        self.events.tell("alert", device.device_type, (device.device_id,), lambda: record)
         log.warning(f"device_{kind}", device_id=device.device_id, type=of_type, message=text, context=context)
 
     async def take_turn(self, device_id: str) -> None:
@@ -2945,6 +3145,32 @@ class EventsQuery(HistoryQuery, kw_only=True):
     event: Literal["connected", "disconnected", "timeout"] | None = None
 
 
+class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`GET /events`."""
+
+    device_id: (
+        Annotated[
+            str,
+            msgspec.Meta(
+                pattern=rf"\A{DEVICE_ID_PATTERN}(,{DEVICE_ID_PATTERN})*\Z",
+                title="one device_id or several, with commas between",
+            ),
+        ]
+        | None
+    ) = None
+    event: (
+        Annotated[
+            str,
+            msgspec.Meta(
+                pattern=r"\A(device|state|command|alert)(,(device|state|command|alert))*\Z",
+                title="device, state, command or alert, or several of them with commas between",
+            ),
+        ]
+        | None
+    ) = None
+    device_type: str | None = None
+
+
 class CommandLogsQuery(RangeQuery, kw_only=True):
     """`GET /command-logs`."""
 
@@ -3101,6 +3327,7 @@ class RestApi:
         self._table: tuple[tuple[str, str, Handler, Access], ...] = (
             ("GET", "/ws/{device_id}", self.serve_device, Access.BOARDS),
             ("GET", "/health", self.health, Access.ALL),
+            ("GET", "/events", self.events, Access.CALLERS),
             ("GET", "/devices", self.devices, Access.CALLERS),
             ("GET", "/devices/{device_id}", self.device, Access.CALLERS),
             ("DELETE", "/devices/{device_id}", self.delete_device, Access.CALLERS),
@@ -3143,10 +3370,14 @@ class RestApi:
             return response
         if access is Access.BOARDS:
             response.force_close()  # a refused board says more, which is no request (contract, section 1)
-        if self._is_from_allowed_page(request):
-            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
-            response.headers["Vary"] = "Origin"
+        response.headers.update(self._cors_headers(request))
         return response
+
+    def _cors_headers(self, request: web.Request) -> dict[str, str]:
+        """What lets an allowed page read the answer."""
+        if not self._is_from_allowed_page(request):
+            return {}
+        return {"Access-Control-Allow-Origin": request.headers["Origin"], "Vary": "Origin"}
 
     async def _answer(self, request: web.Request, access: Access, handler: Handler) -> web.StreamResponse:
         self._check_origin(request, access)
@@ -3222,6 +3453,23 @@ class RestApi:
         """`GET /devices/{device_id}`."""
         parse_query(request, NoQuery)
         return json_response((await self._gateway.find_device(request.match_info["device_id"])).record())
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """`GET /events`: what happens, as it happens. aiohttp-sse says every SILENCE_S that the connection is alive."""
+        query = parse_query(request, ListenQuery)
+        assert request.transport is not None
+        names, device_ids = (None if text is None else text.split(",") for text in (query.event, query.device_id))
+        listener = Listener(request.transport.abort, names, device_ids, query.device_type)
+        events, headers = self._gateway.events, self._cors_headers(request)
+        with events.listening(listener), contextlib.suppress(ConnectionError, aiohttp.ClientError):
+            async with sse_response(
+                request, headers=headers, ping_interval=SILENCE_S, send_timeout=UNREAD_TIMEOUT_S
+            ) as response:
+                async for piece in events.follow(listener, response.last_event_id):
+                    if not response.is_connected():
+                        break
+                    await response.write(piece)
+        return response
 
     async def command(self, request: web.Request) -> web.Response:
         """`POST /command`."""
