@@ -2269,7 +2269,7 @@ class Events:
             if self._is_closed:
                 return
             await asyncio.sleep(self.PAUSE_S)
-            if listener.seen == self._last:
+            if listener.seen == self._last and not self._is_closed:
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(SILENCE_S):

@@ -1936,6 +1936,245 @@ async def test_live_answers_never_touch_the_database(database: Path) -> None:
 
 
 # ======================================================================================================================
+# Contract, section 8: events
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    id: str
+    event: str
+    data: Any
+
+
+class Stream:
+    """Somebody who listens to `GET /events`."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.comments = 0
+        self.last_id = ""
+
+    async def next(self, *names: str) -> Heard:
+        """The next event, or the next of these names. Raises EOFError at the stream's end."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                fields: dict[str, str] = {}
+                while line := (await self.response.content.readline()).decode():
+                    if line == "\n":
+                        break
+                    name, _, value = line.rstrip("\r\n").partition(": ")
+                    self.comments += line.startswith(":")
+                    fields[name] = value
+                if not line:
+                    raise EOFError
+                self.last_id = fields.get("id", self.last_id)
+                if "data" in fields and (not names or fields["event"] in names):
+                    return Heard(fields["id"], fields["event"], json.loads(fields["data"]))
+
+    async def until_end(self) -> list[Heard]:
+        """What still comes, to the stream's end."""
+        heard = []
+        with contextlib.suppress(EOFError):
+            while True:
+                heard.append(await self.next())
+        return heard
+
+
+@contextlib.asynccontextmanager
+async def listening(client: Client, query: str = "", **headers: str) -> AsyncIterator[Stream]:
+    """A stream whose listener is known to the gateway already."""
+    url = f"http://127.0.0.1:{client.port}/events{query}"
+    async with client.session.get(url, headers=headers) as response:
+        assert response.status == 200, await response.text()
+        assert response.content_type == "text/event-stream"
+        yield Stream(response)
+
+
+@in_a_loop
+async def test_events_tell_what_happens_as_it_happens(database: Path) -> None:
+    async with gateway_on(database) as client, listening(client) as stream:
+        async with client.board("servo_1", metadata={"firmware_version": "2.0.0"}) as board:
+            heard = await stream.next()
+            shown = await client.get("/devices/servo_1")
+            assert (heard.event, heard.data) == ("device", shown | {"last_heartbeat": heard.data["last_heartbeat"]})
+            assert heard.data["metadata"] == {"firmware_version": "2.0.0"}
+            await say(board, "status", payload={"temperature": 21.5})
+            heard = await stream.next()
+            assert (heard.event, heard.data["state"]) == ("state", {"temperature": 21.5})
+            assert list(heard.data) == ["device_id", "device_type", "state", "timestamp"]
+            await say(board, "alert", alert_type="obstacle", message="wall")
+            heard = await stream.next()
+            assert heard.event == "alert"
+            assert heard.data == {"device_id": "servo_1", "device_type": "ESP32", **await alert_of(client, "servo_1")}
+            command = await client.post("/command", {"device_type": "*", "command_name": "blink"})
+            sent = await stream.next()
+            assert (sent.event, sent.data["command_id"], sent.data["status"]) == ("command", command["command_id"], "sent")
+            await say(board, "command_ack", command_id=command["command_id"])
+            assert (await stream.next()).data == await client.get(f"/command-logs/{command['command_id']}")
+        assert (await stream.next("device")).data["is_online"] is False
+        await client.post("/command", {"device_id": "servo_1", "command_name": "blink"})
+        assert (await stream.next()).data["status"] == "no_devices"
+        assert (await client.ask("DELETE", "/devices/servo_1"))[0] == 200
+        heard = await stream.next("device")
+        assert heard.data == {"device_id": "servo_1", "deleted": True}
+        assert re.fullmatch(r"[0-9a-f]+-[0-9]+", heard.id)
+
+
+async def alert_of(client: Client, device_id: str) -> Any:
+    return (await client.get(f"/devices/{device_id}"))["alert"]
+
+
+@in_a_loop
+async def test_events_are_narrowed_by_device_event_and_type(database: Path) -> None:
+    async with (
+        gateway_on(database) as client,
+        listening(client, "?device_id=a,b&event=state,command") as by_id,
+        listening(client, "?device_type=ESP32-CAM") as by_type,
+        client.board("a") as a,
+        client.board("c", "ESP32-CAM") as c,
+    ):
+        assert (await by_type.next()).data["device_id"] == "c"
+        await say(c, "status", payload={"n": 1})
+        await say(a, "status", payload={"n": 2})
+        assert (await by_id.next()).data["state"] == {"n": 2}
+        assert (await by_type.next()).data["state"] == {"n": 1}
+        await client.post("/command", {"device_id": "c", "command_name": "for_c"})
+        await client.post("/command", {"device_type": "*", "command_name": "for_all"})
+        assert (await by_id.next()).data["command_name"] == "for_all"
+        assert [(await by_type.next()).data["command_name"] for _ in range(2)] == ["for_c", "for_all"]
+        for query in ("?event=reset", "?device_id=a,,b", "?device=a"):
+            await client.get(f"/events{query}", 400)
+
+
+@in_a_loop
+async def test_states_come_ten_times_a_second_and_the_latest_wins(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("fast") as board, listening(client, "?event=state") as stream:
+        began_s = time.monotonic()
+        for number in range(100):
+            await say(board, "status", payload={"n": number})
+            await asyncio.sleep(0.003)
+        heard = [await stream.next()]
+        while heard[-1].data["state"]["n"] != 99:
+            heard.append(await stream.next())
+        assert len(heard) <= (time.monotonic() - began_s) * 10 + 2
+        assert heard[0].data["state"] == {"n": 0}
+        assert (await client.get("/state-history/fast?limit=1000"))["total"] == 100
+
+
+@in_a_loop
+async def test_listener_that_comes_back_goes_on_without_a_gap(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("servo_1") as board:
+        async with listening(client) as stream:
+            await say(board, "alert", alert_type="n", message="0")
+            assert (await stream.next("alert")).data["message"] == "0"
+        for number in range(1, 20):
+            await say(board, "alert", alert_type="n", message=str(number))
+        await eventually(lambda: alert_says(client, "servo_1", "19"))
+        async with listening(client, **{"Last-Event-ID": stream.last_id}) as stream:
+            assert [(await stream.next("alert")).data["message"] for _ in range(19)] == [str(n) for n in range(1, 20)]
+        for number in range(1200):
+            await say(board, "alert", alert_type="n", message=str(number))
+        await eventually(lambda: alert_says(client, "servo_1", "1199"))
+        for unknown in (stream.last_id, "another-1", "nonsense"):
+            async with listening(client, **{"Last-Event-ID": unknown}) as stream:
+                assert (await stream.next()).event == "reset"
+                await say(board, "alert", alert_type="n", message="news")
+                assert (await stream.next()).data["message"] == "news"
+
+
+async def alert_says(client: Client, device_id: str, message: str) -> bool:
+    alert = await alert_of(client, device_id)
+    return alert is not None and alert["message"] == message
+
+
+@in_a_loop
+async def test_nothing_is_told_while_nobody_listens(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Events, "LINGER_S", 0.0)
+    monkeypatch.setattr(amhrpd.Events, "REPEAT_S", 0.0)
+    asked: list[str] = []
+    record = amhrpd.Device.record
+
+    def watched(device: amhrpd.Device) -> dict[str, Any]:
+        asked.append(device.device_id)
+        return record(device)
+
+    monkeypatch.setattr(amhrpd.Device, "record", watched)
+    async with gateway_on(database) as client, await connect(client.port, "servo_1") as board:
+        async with listening(client) as stream:
+            await say(board, "registration", device_type="ESP32")
+            await stream.next("device")
+        assert asked
+
+        async def is_told_nothing() -> bool:
+            asked.clear()
+            await say(board, "status", payload={})
+            await say(board, "nonsense")
+            await hear(board, "error")
+            return not asked
+
+        await eventually(is_told_nothing)  # a listener's leaving is noticed with the next event
+        async with listening(client, **{"Last-Event-ID": stream.last_id}) as stream:
+            assert (await stream.next()).event == "reset"
+
+
+@in_a_loop
+async def test_listener_that_reads_nothing_is_cut_off_and_costs_nobody_anything(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("servo_1") as board, listening(client) as stream:
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
+        writer.write(b"GET /events HTTP/1.1\r\nHost: pi\r\n\r\n")
+        await reader.readuntil(b"retry")
+
+        async def flood() -> None:
+            for number in itertools.count():
+                await say(board, "alert", alert_type="x" * 200, message=f"{number} " + "y" * 900)
+
+        async with background(flood()):
+            numbers = [int((await stream.next("alert")).data["message"].split()[0]) for _ in range(6000)]
+        assert numbers == list(range(6000))
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            while True:
+                await reader.readexactly(1 << 16)
+        writer.close()
+
+
+@in_a_loop
+async def test_sixty_five_do_not_listen_at_once(database: Path) -> None:
+    async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
+        for _ in range(64):
+            await stack.enter_async_context(listening(client))
+        assert (await client.get("/events", 429))["error_code"] == "RESOURCE_EXHAUSTED"
+
+
+@in_a_loop
+async def test_silence_is_broken_by_a_comment(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd, "SILENCE_S", 0.1)
+    async with gateway_on(database) as client, listening(client) as stream:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await stream.next()
+        assert 2 <= stream.comments <= 5
+
+
+@in_a_loop
+async def test_stop_tells_what_it_does_and_ends_the_streams_in_order(database: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(gateway_on(database))
+        async with client.session.get(f"http://127.0.0.1:{client.port}/events") as response:
+            stream = Stream(response)
+            async with client.board("servo_1"):
+                reading = asyncio.create_task(stream.until_end())
+                await asyncio.sleep(0.1)
+                began_s = time.monotonic()
+                stopping = asyncio.create_task(client.gateway.stop())
+                heard = await reading
+                assert time.monotonic() - began_s < 1
+                await stopping
+            assert heard[-1].data["is_online"] is False
+        assert (await client.get("/events", 503))["error_code"] == "STOPPING"
+
+
+# ======================================================================================================================
 # Settings and the command line
 # ======================================================================================================================
 
