@@ -1929,6 +1929,7 @@ class Command:
     recipients: set[str] | None = dataclasses.field(default_factory=set)
     answers: dict[str, msgspec.Raw] = dataclasses.field(default_factory=dict)
     answer_bytes: int = 0
+    succeeded: set[str] = dataclasses.field(default_factory=set)
     failed: set[str] = dataclasses.field(default_factory=set)
     alerts: list[Row] = dataclasses.field(default_factory=list)  # of its targets, while somebody waits for the answers
     is_persisted: bool = True
@@ -1953,14 +1954,9 @@ class Command:
         if isinstance(answers, dict):  # the earlier backend left there what it liked
             for device_id, answer in answers.items():
                 command._keep_answer(device_id, answer)
-                if not isinstance(answer, dict) or answer.get("status") != "success":
-                    command.failed.add(device_id)
+                if isinstance(answer, dict) and "status" in answer:
+                    (command.succeeded if answer["status"] == "success" else command.failed).add(device_id)
         return command
-
-    @property
-    def success_count(self) -> int:
-        """How many devices acknowledged success."""
-        return len(self.answers) - len(self.failed)
 
     @property
     def content_bytes(self) -> int:
@@ -1993,8 +1989,9 @@ class Command:
     def may_be_answered_by(self, device: Device) -> bool:
         """Whether the command was sent to the device, as far as is known."""
         if self.recipients is None:
-            is_missing = len(self.answers) < self.target_device_count
-            return (device.device_id in self.answers or is_missing) and self.device_type in (device.device_type, EVERY_TYPE)
+            answered = self.succeeded | self.failed
+            is_missing = len(answered) < self.target_device_count
+            return (device.device_id in answered or is_missing) and self.device_type in (device.device_type, EVERY_TYPE)
         return device.device_id in self.recipients
 
     def record_answer(self, device_id: str, ack: CommandAck) -> bool:
@@ -2004,10 +2001,13 @@ class Command:
         `ack_error` holds from the first such answer on (contract, section 4).
         """
         is_success = ack.status in (None, "success")
-        if device_id in self.failed or (is_success and device_id in self.answers):
+        if device_id in self.failed or (is_success and device_id in self.succeeded):
             return False
         now = utc_now()
-        if not is_success:
+        if is_success:
+            self.succeeded.add(device_id)
+        else:
+            self.succeeded.discard(device_id)
             self.failed.add(device_id)
             self.status = ACK_ERROR
         answer = {
@@ -2017,7 +2017,7 @@ class Command:
             "received_at": format_time(now),
         }
         self._keep_answer(device_id, answer)
-        if len(self.answers) >= self.target_device_count:
+        if len(self.succeeded) + len(self.failed) >= self.target_device_count:
             self.completed_at = now
             self.conclude(ACK_ERROR if self.failed else ACK_SUCCESS)
         return True
@@ -2046,7 +2046,7 @@ class Command:
             "completed_at": stored_time(self.completed_at),
             "response_data": to_json(self.answers) if self.answers else None,
             "target_device_count": self.target_device_count,
-            "success_count": self.success_count,
+            "success_count": len(self.succeeded),
         }
 
     def shown(self) -> Row:
@@ -2063,7 +2063,7 @@ class Command:
             "status": self.status,
             "created_at": format_time(self.created_at),
             "target_device_count": self.target_device_count,
-            "success_count": self.success_count,
+            "success_count": len(self.succeeded),
         }
         if self.deadman is not None:
             record["deadman"] = self.deadman
