@@ -29,6 +29,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import csv
 import dataclasses
 import enum
 import errno
@@ -48,6 +49,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -69,12 +71,14 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, NoReturn, Protoco
 import aiohttp
 import dataset
 import msgspec
+import prometheus_client
 import sqlalchemy as sa
 import structlog
 import websockets
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp_sse import sse_response
+from prometheus_client import core as prometheus
 from sqlalchemy.dialects import sqlite
 
 VERSION = "1.0.0"
@@ -352,7 +356,10 @@ DeviceIds = Annotated[
     list[DeviceId],
     msgspec.Meta(min_length=1, max_length=1000, title="one device_id or several, 1 to 64 of A-Z a-z 0-9 . _ - each"),
 ]
-Moment = Annotated[datetime, msgspec.Meta(title="an ISO 8601 time such as 2026-01-24T10:30:45Z")]
+Moment = Annotated[
+    datetime,
+    msgspec.Meta(title="an ISO 8601 time such as 2026-01-24T10:30:45Z", extra_json_schema={"format": "date-time"}),
+]
 
 
 class BoardMessage(msgspec.Struct, tag_field="message_type", gc=False, kw_only=True):
@@ -636,6 +643,7 @@ COMMAND_FILTERS = {
     "device_type": "device_type = :device_type",
     "since": "created_at >= :since",
     "until": "created_at <= :until",
+    "before": "rowid < (SELECT rowid FROM command_logs WHERE command_id = :before)",
 }
 
 # What `command_logs.status` holds (contract, section 4; `pending`, before there is a row, has no value here) ...
@@ -732,6 +740,7 @@ def presentable(table: TableName, row: Row) -> Row:
 
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
 
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # of every duration at /metrics
 STORE_ERRORS = (sa.exc.SQLAlchemyError, sqlite3.Error, OSError)
 LOCK_TIMEOUT_S = 1.0  # for another program's lock; then the batch is tried again, and a stop gets through
 
@@ -1395,6 +1404,9 @@ class Store:
         self._restored: Restored | None = None
         self._was_open = False
         self._reads_waiting = 0
+        self.commit_seconds = prometheus_client.Histogram(
+            "amhrpd_commit_seconds", "of a transaction", registry=None, buckets=BUCKETS_S
+        )
         self._reading = asyncio.Lock()  # held while a query runs, and while the file is opened or closed
         self._writer_thread = ThreadPoolExecutor(1, "store-writer")
         self._reader_thread = ThreadPoolExecutor(1, "store-reader")
@@ -1558,7 +1570,8 @@ class Store:
         if not batch:
             return
         try:
-            await self._in_writer(self._database.commit, batch)
+            with self.commit_seconds.time():
+                await self._in_writer(self._database.commit, batch)
         except FileMoved:
             await self._open_for(batch)
             await self._in_writer(self._database.commit, batch)
@@ -1606,6 +1619,14 @@ class Store:
             reason = f"a write has been waiting for the disk for {stalled_s:.0f} s"
         backlog = self._backlog
         return StoreHealth(reason, self._database.file.notice, len(backlog), backlog.rows_dropped, self._rows_rejected)
+
+    def room(self) -> dict[str, int]:
+        """The size of the file and what is free beside it, in bytes; nothing where nobody can tell."""
+        path = self._database.file.path
+        try:
+            return {"database_bytes": path.stat().st_size, "disk_free_bytes": shutil.disk_usage(path.parent).free}
+        except OSError:
+            return {}
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -1935,6 +1956,7 @@ class Command:
     is_persisted: bool = True
     released: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # nobody need wait for answers any more
     expiry: asyncio.TimerHandle | None = None
+    began_s: float = dataclasses.field(default_factory=time.monotonic)
 
     OVERHEAD_BYTES: ClassVar[int] = 1500  # of the object and its parts
     ANSWER_OVERHEAD_BYTES: ClassVar[int] = 200  # of a dictionary's entry and its key
@@ -2329,6 +2351,10 @@ class Dispatch:
         self._deadmen: dict[str, Device] = {}  # the devices that have one armed
         self._next_due: asyncio.TimerHandle | None = None
         self._firing: set[asyncio.Task[None]] = set()
+        self.ended: Counter[str] = Counter()  # commands by the status they ended with
+        self.answer_seconds = prometheus_client.Histogram(
+            "amhrpd_answer_seconds", "until the last answer", registry=None, buckets=BUCKETS_S
+        )
 
     async def route(self, request: CommandRequest) -> Command:
         """Create a command, commit its row, send it to all targets at once, and return it as sent or without devices.
@@ -2367,6 +2393,7 @@ class Dispatch:
         """Have the command among the open ones, where it has targets. Whatever happens to its caller, it ends."""
         if command.target_device_count == 0:
             command.conclude(NO_DEVICES)
+            self.ended[NO_DEVICES] += 1
             return
         self._expire_later(command, self.PERSIST_TIMEOUT_S + command.timeout_s)
         for oldest in self.commands.add(command):
@@ -2441,6 +2468,7 @@ class Dispatch:
                 await asyncio.sleep(0)
         if targets and not command.recipients:
             command.conclude(NO_DEVICES)
+            self.ended[NO_DEVICES] += 1
             self.commands.close(command)
         elif command.is_open:
             self._expire_later(command, command.timeout_s)
@@ -2463,7 +2491,11 @@ class Dispatch:
         command = self.commands.find(message.command_id)
         if command is None or not command.may_be_answered_by(device):
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
+        was_open, was_complete = command.is_open, command.completed_at is not None
         if self.commands.record_answer(command, device.device_id, message):
+            self.ended[command.status] += was_open and not command.is_open
+            if command.completed_at is not None and not was_complete and command.recipients is not None:
+                self.answer_seconds.observe(time.monotonic() - command.began_s)
             self._save(command)
             log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
 
@@ -2480,6 +2512,7 @@ class Dispatch:
 
     def _expire(self, command: Command) -> None:
         command.conclude(ACK_TIMEOUT if command.status in OPEN_STATUSES else command.status)
+        self.ended[command.status] += 1
         self.commands.close(command)
         self._save(command)
         log.info("command_unanswered", command_id=command.command_id, status=command.status, answers=len(command.answers))
@@ -2570,7 +2603,12 @@ class Gateway:
         self.dispatch = Dispatch(settings, store, self.registry, self.events)
         self.is_stopping = False
         self._lane = asyncio.Lock()  # for boards that flood, one at a time
-        self._connections: set[Connection] = set()
+        self.connections: set[Connection] = set()
+        self.messages: Counter[type[BoardMessage]] = Counter()  # of boards, by type
+        self.refused: Counter[str] = Counter()  # of boards and callers, by code
+        self.loop_late_s = prometheus_client.Histogram(
+            "amhrpd_loop_late_seconds", "by how much timers are late", registry=None, buckets=BUCKETS_S
+        )
         self._started_s = self._swept_s = time.monotonic()
 
     # -- start and stop ------------------------------------------------------------------------------------------------
@@ -2593,7 +2631,7 @@ class Gateway:
         """
         self.is_stopping = True
         await self.dispatch.stop()
-        leaving = list(self._connections)
+        leaving = list(self.connections)
         for connection in leaving:
             self.end(connection, WSCloseCode.GOING_AWAY, "the gateway stops")
         with contextlib.suppress(TimeoutError):
@@ -2652,7 +2690,7 @@ class Gateway:
 
     async def opened(self, connection: Connection) -> None:
         """A handshake is done. Nobody is online by that; what the file knows of the device is looked up where it has to be."""
-        self._connections.add(connection)
+        self.connections.add(connection)
         if self.is_stopping:
             self.end(connection, WSCloseCode.GOING_AWAY, "the gateway stops")
         with contextlib.suppress(GatewayError):
@@ -2665,7 +2703,7 @@ class Gateway:
 
     def closed(self, connection: Connection, event: str, code: int | None, reason: str) -> None:
         """A connection is over; `event` is `disconnected` or `timeout`. Its device goes offline if it didn't by `end`."""
-        self._connections.discard(connection)
+        self.connections.discard(connection)
         self._go_offline(connection, event, code, reason)
 
     def _come_online(self, connection: Connection, device_type: str) -> Device:
@@ -2765,6 +2803,7 @@ class Gateway:
                 self._record_alert(device, "alert", message.alert_type, message.message)
             case ErrorReport():
                 self._record_alert(device, "error", str(message.error_code), message.error_message, message.context)
+        self.messages[type(message)] += 1
         self.note_pong(connection)
         connection.last_message_s = connection.heard_s
 
@@ -2825,8 +2864,9 @@ class Gateway:
             self.take_up(restored)
         now_s = time.monotonic()
         stood_still_s = max(0.0, now_s - self._swept_s - 2 * interval_s)
+        self.loop_late_s.observe(max(0.0, now_s - self._swept_s - interval_s))
         self._swept_s = now_s
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             if stood_still_s:
                 connection.last_message_s += stood_still_s
                 connection.heard_s += stood_still_s
@@ -2862,6 +2902,7 @@ class Gateway:
             "devices_total": len(self.registry),
             "open_commands": len(commands.open),
             "database": store.reason or "ok",
+            **self._store.room(),
             "rows_waiting": store.rows_waiting,
             "rows_dropped": store.rows_dropped,
             "rows_rejected": store.rows_rejected,
@@ -3062,6 +3103,7 @@ class DeviceSocket(Connection):
         if self._farewell is not None and self.device is not None:
             return
         text = str(error)
+        self._gateway.refused[error.code.name] += 1
         log.warning("message_refused", device_id=self.device_id, error_code=error.code.name, error=text)
         reply = {"message_type": "error", "error_code": error.code.name, "error_message": text, "error": text}
         await self.send(to_json(reply))
@@ -3120,12 +3162,29 @@ class DevicesQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     online: Literal["true", "false"] | None = None
 
 
+MAX_ROWS = {"json": 1000, "csv": 100_000}  # contract, section 6
+Limit = Annotated[
+    int,
+    msgspec.Meta(
+        ge=1,
+        title=f"a whole number from 1 to {MAX_ROWS['json']}, or with format=csv to {MAX_ROWS['csv']}",
+        extra_json_schema={"maximum": MAX_ROWS["json"]},  # a schema can't say the rest
+    ),
+]
+
+
 class RangeQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What every history takes."""
 
-    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    limit: Limit = 100
     since: Moment | None = None
     until: Moment | None = None
+    format: Literal["json", "csv"] = "json"
+
+    def __post_init__(self) -> None:
+        """Raise GatewayError for more rows than the format may have."""
+        if self.limit > MAX_ROWS[self.format]:
+            raise GatewayError(Code.INVALID_FIELD_VALUE, wrong_value("limit", self.limit, Limit))
 
 
 class HistoryQuery(RangeQuery, kw_only=True):
@@ -3133,10 +3192,11 @@ class HistoryQuery(RangeQuery, kw_only=True):
 
     before_id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
 
-    def filters(self) -> dict[str, Any]:
-        """The rows that are wanted, in the words of dataset's `find`."""
+    def filters(self, last: Row | None = None) -> dict[str, Any]:
+        """The rows that are wanted, after `last` where that is known, in the words of dataset's `find`."""
+        before_id = self.before_id if last is None else last["id"]
         times = {op: stored_time(time) for op, time in ((">=", self.since), ("<=", self.until)) if time is not None}
-        return ({"timestamp": times} if times else {}) | ({"id": {"<": self.before_id}} if self.before_id else {})
+        return ({"timestamp": times} if times else {}) | ({"id": {"<": before_id}} if before_id else {})
 
 
 class EventsQuery(HistoryQuery, kw_only=True):
@@ -3316,6 +3376,252 @@ async def _continue(request: web.Request) -> None:
         request.writer.output_size = 0  # the answer itself has not begun
 
 
+# -- histories as CSV --------------------------------------------------------------------------------------------------
+
+CSV_PAGE_ROWS = 1000  # contract, section 6: as many are in memory at a time
+CSV_TURN_ROWS = 50  # about a millisecond of encoding, then the others have their turn
+MAX_STATE_COLUMNS = 1000  # boards may use as many keys as they like; more are in `other`
+
+_NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?")
+
+
+def csv_cell(value: Any) -> str:
+    """A value as a cell: text that a spreadsheet would take for a formula gets a `'` in front, null is empty, the rest JSON."""
+    if isinstance(value, str):
+        return "'" + value if value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(value) else value
+    return "" if value is None else to_json(value)
+
+
+def csv_lines(rows: Iterable[Iterable[Any]]) -> bytes:
+    """Rows of values as lines of CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(map(csv_cell, row) for row in rows)
+    return text.getvalue().encode()
+
+
+class Sheet:
+    """Rows of a history as they are: a column each."""
+
+    def __init__(self, table: TableName) -> None:
+        self.header = list(COLUMNS[table])
+
+    def cells(self, row: Row) -> list[Any]:
+        """A row's values in the header's order."""
+        return [row[name] for name in self.header]
+
+
+class StateSheet(Sheet):
+    """States: a column for each top-level key of the newest ones, and what others have besides as JSON in `other`."""
+
+    def __init__(self, newest: Iterable[Row]) -> None:
+        keys = dict.fromkeys(key for row in newest for key in self._state(row))
+        self._keys = [key for key in keys if key not in ("timestamp", "other")][:MAX_STATE_COLUMNS]
+        self.header = ["timestamp", *self._keys, "other"]
+
+    def cells(self, row: Row) -> list[Any]:
+        """See Sheet."""
+        state = self._state(row)
+        known = [state.pop(key, None) for key in self._keys]
+        return [row["timestamp"], *known, state or None]
+
+    def _state(self, row: Row) -> dict[str, Any]:
+        state = json_decoder.decode(row["state_data"] or b"null")
+        return state if isinstance(state, dict) else {"other": state}  # the earlier backend left there what it liked
+
+
+# -- figures for Prometheus --------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """What `GET /metrics` shows, collected when it is asked for: nobody counts but with plain numbers where it happens."""
+
+    GAUGES: ClassVar[Mapping[str, str]] = {
+        "devices_online": "Devices that are online.",
+        "devices_total": "Devices that are known.",
+        "open_commands": "Commands that wait for answers.",
+        "uptime_seconds": "Since the start.",
+        "rows_waiting": "Rows that are not in the database yet.",
+        "database_bytes": "Size of the database file.",
+        "disk_free_bytes": "Free space beside the database.",
+    }
+    COUNTERS: ClassVar[Mapping[str, str]] = {
+        "rows_dropped": "Rows that were dropped because too many waited.",
+        "rows_rejected": "Rows that the database refused.",
+    }
+
+    def __init__(self, gateway: Gateway, store: Store) -> None:
+        self._gateway = gateway
+        self._store = store
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        """What prometheus_client calls for an answer."""
+        gateway, dispatch, health = self._gateway, self._gateway.dispatch, self._gateway.health()
+        for name, text in self.GAUGES.items():
+            if name in health:
+                yield prometheus.GaugeMetricFamily(f"amhrpd_{name}", text, health[name])
+        for name, text in self.COUNTERS.items():
+            yield prometheus.CounterMetricFamily(f"amhrpd_{name}", text, health[name])
+        is_writable = float(health["status"] == "ok")
+        yield prometheus.GaugeMetricFamily("amhrpd_database_ok", "1 where the database can be written.", is_writable)
+        yield prometheus.GaugeMetricFamily("amhrpd_connections", "WebSocket connections.", len(gateway.connections))
+        yield self._counts(
+            "messages",
+            "Messages of boards that were accepted.",
+            "type",
+            {str(kind.__struct_config__.tag): count for kind, count in gateway.messages.items()},
+        )
+        yield self._counts("refusals", "Messages and requests that were refused.", "code", gateway.refused)
+        yield self._counts("commands", "Commands that ended.", "status", dispatch.ended)
+        for histogram in (dispatch.answer_seconds, self._store.commit_seconds, gateway.loop_late_s):
+            yield from histogram.collect()
+
+    def _counts(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> prometheus.Metric:
+        family = prometheus.CounterMetricFamily(f"amhrpd_{name}", text, labels=[label])
+        for value, count in counts.items():
+            family.add_metric([value], count)
+        return family
+
+
+# -- OpenAPI -----------------------------------------------------------------------------------------------------------
+
+Schema = dict[str, Any]
+
+
+def object_schema(properties: Schema, *optional: str) -> Schema:
+    """Of an object that has these properties, all but the optional ones always."""
+    return {"type": "object", "properties": properties, "required": [name for name in properties if name not in optional]}
+
+
+def column_schema(name: str) -> Schema:
+    """Of a column as answers show it."""
+    if name in TIME_COLUMNS:
+        return {"type": ["string", "null"], "description": "UTC, such as 2026-01-24T10:30:45.123456"}
+    if name in JSON_COLUMNS:
+        return {}
+    types = {"id": ["integer"], "is_online": ["boolean"], "target_device_count": ["integer"], "success_count": ["integer"]}
+    return {"type": [*types.get(name, ["string"]), "null"]}
+
+
+def row_schema(table: TableName) -> Schema:
+    """Of a row as answers show it."""
+    return object_schema({name: column_schema(name) for name in COLUMNS[table]})
+
+
+def list_schema(name: str, of: str, *others: str) -> Schema:
+    """Of an answer with a list, `name`, of `of`."""
+    items = {"type": "array", "items": {"$ref": f"#/components/schemas/{of}"}}
+    return object_schema({key: {"type": "string"} for key in others} | {"total": {"type": "integer"}, name: items})
+
+
+_COUNT = {"type": "integer", "minimum": 0}
+_ANY_OBJECT = {"type": ["object", "null"]}
+ANSWERS: Mapping[str, Schema] = {
+    "Health": {"type": "object", "properties": {"status": {"enum": ["ok", "degraded"]}}, "required": ["status"]},
+    "Device": object_schema(
+        {name: column_schema(name) for name in COLUMNS["devices"]}
+        | {"metadata": {}, "state": {}, "state_timestamp": column_schema("timestamp")}
+        | {"alert": _ANY_OBJECT, "deadman_at": column_schema("timestamp")}
+    ),
+    "Devices": list_schema("devices", "Device"),
+    "Deleted": object_schema(
+        {"device_id": {"type": "string"}, "deleted": object_schema({"snapshots": _COUNT, "events": _COUNT})}
+    ),
+    "State": row_schema("device_state_snapshots"),
+    "StateHistory": list_schema("states", "State", "device_id"),
+    "ConnectionEvent": row_schema("device_connection_logs"),
+    "ConnectionHistory": list_schema("events", "ConnectionEvent", "device_id"),
+    "CommandLog": row_schema("command_logs"),
+    "CommandLogs": list_schema("logs", "CommandLog"),
+    "Command": object_schema(
+        {name: column_schema(name) for name in COLUMNS["command_logs"] if name not in ("executed_at", "completed_at")}
+        | {"alerts": {"type": "array"}, "deadman": _ANY_OBJECT, "detail": {"type": "string"}, "persisted": {"type": "boolean"}},
+        *("response_data", "alerts", "deadman", "detail", "persisted"),
+    ),
+    "Error": object_schema({"error": {"type": "string"}, "error_code": {"enum": [code.name for code in Code]}}),
+}
+# What a handler takes in the query and answers: a schema of ANSWERS, or another content type.
+DESCRIBED: Mapping[str, tuple[type[msgspec.Struct], str]] = {
+    "health": (NoQuery, "Health"),
+    "devices": (DevicesQuery, "Devices"),
+    "device": (NoQuery, "Device"),
+    "delete_device": (NoQuery, "Deleted"),
+    "command": (NoQuery, "Command"),  # its other form, all in the query, can't be said beside this one
+    "state_history": (HistoryQuery, "StateHistory"),
+    "command_logs": (CommandLogsQuery, "CommandLogs"),
+    "command_log": (NoQuery, "CommandLog"),
+    "connection_history": (EventsQuery, "ConnectionHistory"),
+    "metrics": (NoQuery, "text/plain"),
+    "openapi": (NoQuery, "application/json"),
+}
+
+
+def query_parameters(kind: type[msgspec.Struct]) -> list[Schema]:
+    """A route's query parameters. None is what is left out, and nothing that can be given."""
+    (_,), schemas = msgspec.json.schema_components([kind])
+    properties = schemas[kind.__name__]["properties"]
+    return [
+        {"name": name, "in": "query", "schema": next(iter(schema["anyOf"])) if "anyOf" in schema else schema}
+        for name, schema in properties.items()
+    ]
+
+
+def command_schemas() -> Schema:
+    """The request of `POST /command`, and what it is made of. It names its targets by type or by ids: both is for checking."""
+    _, schemas = msgspec.json.schema_components([CommandRequest], ref_template="#/components/schemas/{name}")
+    request = schemas["CommandRequest"]
+    one_or_several = request["properties"]["device_id"]["anyOf"]
+    one_or_several.append(one_or_several[0]["items"])
+    given, absent = {"not": {"type": "null"}}, {"type": "null"}
+    request["anyOf"] = [
+        {"required": ["device_type"], "properties": {"device_type": given, "device_id": absent}},
+        {"required": ["device_id"], "properties": {"device_type": absent, "device_id": given}},
+    ]
+    return schemas
+
+
+def operation(path: str, handler: Handler) -> Schema:
+    """What OpenAPI says of one route."""
+    query, answer = DESCRIBED[handler.__name__]
+    content = {answer: {}} if "/" in answer else {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer}"}}}
+    if issubclass(query, RangeQuery):
+        content["text/csv"] = {}
+    errors = {"description": "refused", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"{(\w+)}", path)
+    ]
+    described: Schema = {
+        "operationId": handler.__name__,
+        "summary": (handler.__doc__ or "").partition("\n")[0],
+        "parameters": in_path + query_parameters(query),
+        "responses": {"200": {"description": "done", "content": content}, "4XX": errors, "5XX": errors},
+    }
+    if answer == "Health":
+        described["responses"]["503"] = described["responses"]["200"] | {"description": "the database can't be written"}
+    if answer == "Command":
+        body = {"schema": {"$ref": "#/components/schemas/CommandRequest"}}
+        described["requestBody"] = {"required": True, "content": {"application/json": body}}
+    return described
+
+
+def openapi(table: Iterable[tuple[str, str, Handler, Access]], *, has_token: bool) -> msgspec.Raw:
+    """The routes of the table that are DESCRIBED, as OpenAPI 3.1."""
+    paths: dict[str, Schema] = {}
+    for method, path, handler, access in table:
+        if handler.__name__ in DESCRIBED:
+            described = operation(path, handler)
+            if has_token and access is Access.CALLERS:
+                described["security"] = [{"bearer": []}, {"basic": []}]
+            paths.setdefault(path, {})[method.lower()] = described
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "AMHR-PD gateway", "version": VERSION},
+        "paths": paths,
+        "components": {"schemas": {**ANSWERS, **command_schemas()}, "securitySchemes": schemes},
+    }
+    return raw(to_json(document).replace(r"\\A", "^").replace(r"\\Z", "$"))  # JSON Schema's patterns are JavaScript's
+
+
 class RestApi:
     """The routes of the contract's section 6. Handlers look up and answer; `guard` owns access and errors."""
 
@@ -3336,7 +3642,12 @@ class RestApi:
             ("GET", "/command-logs", self.command_logs, Access.CALLERS),
             ("GET", "/command-logs/{command_id}", self.command_log, Access.CALLERS),
             ("GET", "/device-connection-history/{device_id}", self.connection_history, Access.CALLERS),
+            ("GET", "/metrics", self.metrics, Access.CALLERS),
+            ("GET", "/openapi.json", self.openapi, Access.CALLERS),
         )
+        self._metrics = prometheus_client.CollectorRegistry()
+        self._metrics.register(Metrics(gateway, store))
+        prometheus_client.ProcessCollector(registry=self._metrics)
         self._access: dict[object, Access] = {handler: access for _, _, handler, access in self._table}
 
     def routes(self) -> list[web.RouteDef]:
@@ -3388,6 +3699,7 @@ class RestApi:
         return await handler(request)
 
     def _error_response(self, request: web.Request, error: GatewayError) -> web.StreamResponse:
+        self._gateway.refused[error.code.name] += 1
         if error.status in (401, 403):
             log.warning("request_refused", peer=peer_of(request), path=request.path, error=str(error))
         else:
@@ -3491,22 +3803,34 @@ class RestApi:
         device_id = request.match_info["device_id"]
         return json_response({"device_id": device_id, "deleted": await self._gateway.delete_device(device_id)})
 
-    async def state_history(self, request: web.Request) -> web.Response:
+    async def state_history(self, request: web.Request) -> web.StreamResponse:
         """`GET /state-history/{device_id}`."""
         query = parse_query(request, HistoryQuery)
         device_id = (await self._gateway.find_device(request.match_info["device_id"])).device_id
-        states = await self._store.history("device_state_snapshots", query.limit, device_id=device_id, **query.filters())
+
+        async def read(limit: int, last: Row | None = None) -> list[Row]:
+            return await self._store.history("device_state_snapshots", limit, device_id=device_id, **query.filters(last))
+
+        if query.format == "csv":
+            return await self._send_csv(request, f"{device_id}-states", query.limit, read, "device_state_snapshots")
+        states = await read(query.limit)
         return json_response({"device_id": device_id, "total": len(states), "states": states})
 
-    async def connection_history(self, request: web.Request) -> web.Response:
+    async def connection_history(self, request: web.Request) -> web.StreamResponse:
         """`GET /device-connection-history/{device_id}`."""
         query = parse_query(request, EventsQuery)
         device_id = (await self._gateway.find_device(request.match_info["device_id"])).device_id
-        wanted = {"device_id": device_id, **query.filters()} | ({"event": query.event} if query.event else {})
-        events = await self._store.history("device_connection_logs", query.limit, **wanted)
+        wanted = {"device_id": device_id} | ({"event": query.event} if query.event else {})
+
+        async def read(limit: int, last: Row | None = None) -> list[Row]:
+            return await self._store.history("device_connection_logs", limit, **wanted, **query.filters(last))
+
+        if query.format == "csv":
+            return await self._send_csv(request, f"{device_id}-connections", query.limit, read, "device_connection_logs")
+        events = await read(query.limit)
         return json_response({"device_id": device_id, "total": len(events), "events": events})
 
-    async def command_logs(self, request: web.Request) -> web.Response:
+    async def command_logs(self, request: web.Request) -> web.StreamResponse:
         """`GET /command-logs`."""
         query = parse_query(request, CommandLogsQuery)
         wanted = {
@@ -3516,7 +3840,14 @@ class RestApi:
             "until": stored_time(query.until),
         }
         given = {name: value for name, value in wanted.items() if value is not None}
-        logs = await self._store.newest_commands(query.limit, **given)
+
+        async def read(limit: int, last: Row | None = None) -> list[Row]:
+            before = {} if last is None else {"before": last["command_id"]}
+            return await self._store.newest_commands(limit, **given, **before)
+
+        if query.format == "csv":
+            return await self._send_csv(request, "commands", query.limit, read, "command_logs")
+        logs = await read(query.limit)
         return json_response({"total": len(logs), "logs": logs})
 
     async def command_log(self, request: web.Request) -> web.Response:
@@ -3527,6 +3858,46 @@ class RestApi:
         if row is None:
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {command_id[:64]!r} was never given")
         return json_response(row)
+
+    # -- for other programs --------------------------------------------------------------------------------------------
+
+    async def _send_csv(
+        self, request: web.Request, name: str, limit: int, read: Callable[..., Awaitable[list[Row]]], table: TableName
+    ) -> web.StreamResponse:
+        """Up to `limit` rows as a download. `read(limit, last)` gives those that come after the row `last`."""
+        rows = await read(min(limit, CSV_PAGE_ROWS))
+        sheet = StateSheet(rows) if table == "device_state_snapshots" else Sheet(table)
+        filename = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{filename}.csv"'})
+        response.content_type, response.charset = "text/csv", "utf-8"
+        response.headers.update(self._cors_headers(request))
+        await response.prepare(request)
+        await response.write(csv_lines([sheet.header]))
+        try:
+            while rows:
+                for start in range(0, len(rows), CSV_TURN_ROWS):
+                    await response.write(csv_lines(map(sheet.cells, rows[start : start + CSV_TURN_ROWS])))
+                    await asyncio.sleep(0)
+                limit -= len(rows)
+                last = rows[-1]
+                rows = []  # one page in memory at a time
+                rows = await read(min(limit, CSV_PAGE_ROWS), last) if limit else []
+        except GatewayError as error:  # the caller must see that this isn't all
+            log.warning("download_cut_off", peer=peer_of(request), path=request.path, error=str(error))
+            if request.transport is not None:
+                request.transport.abort()
+        return response
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """`GET /metrics`."""
+        parse_query(request, NoQuery)
+        content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
+        return web.Response(body=prometheus_client.generate_latest(self._metrics), headers=content_type)
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """`GET /openapi.json`."""
+        parse_query(request, NoQuery)
+        return json_response(openapi(self._table, has_token=self._settings.api_token is not None))
 
 
 # ======================================================================================================================

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import csv
 import dataclasses
 import functools
 import gc
+import io
 import itertools
 import json
 import logging
@@ -42,6 +44,7 @@ import pytest
 import sqlalchemy as sa
 import websockets
 from aiohttp import web
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection
 
 import amhrpd
@@ -1675,6 +1678,208 @@ async def test_reads_see_what_was_answered_before(database: Path) -> None:
             await say(board, "status", payload={"n": number})
             await eventually(lambda number=number: state_is(client, "a", {"n": number}))  # type: ignore[misc]
             assert (await client.get("/state-history/a"))["total"] == number
+
+
+# ======================================================================================================================
+# Contract, sections 6 and 8: for other programs
+# ======================================================================================================================
+
+
+async def csv_of(client: Client, path: str) -> tuple[list[list[str]], Any]:
+    """The lines of a download, and its headers."""
+    async with client.session.get(f"http://127.0.0.1:{client.port}{path}") as response:
+        text = await response.text()
+        assert (response.status, response.content_type, response.charset) == (200, "text/csv", "utf-8"), text
+        return list(csv.reader(io.StringIO(text, newline=""))), response.headers
+
+
+@in_a_loop
+async def test_states_as_csv_have_a_column_for_each_key_and_no_formula(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        header, *rows = (await csv_of(client, "/state-history/a?format=csv"))[0]
+        assert (header, rows) == (["timestamp", "other"], [])
+        await say(board, "status", payload={"t": -4.5, "gps": {"lat": 1, "on": [True, None]}, "on": True, "off": None})
+        texts = ["=1+1", "+1+1", "-a", "@a", "\t=a", "\r=a", "-5.25", 'a,"b"\nc', "ä=1", ""]
+        await say(board, "status", payload={f"k{number}": text for number, text in enumerate(texts)} | {"=key": 1})
+        await say(board, "status", payload={"timestamp": "mine", "other": 7, "t": 3})
+        await eventually(lambda: client.gateway.messages[amhrpd.Status] == 3)
+        lines, headers = await csv_of(client, "/state-history/a?format=csv")
+        assert headers["Content-Disposition"] == 'attachment; filename="a-states.csv"'
+        newest, formulas, oldest = (dict(zip(lines[0], line, strict=True)) for line in lines[1:])
+        assert lines[0] == ["timestamp", "t", *(f"k{n}" for n in range(len(texts))), "'=key", "gps", "on", "off", "other"]
+        shown = ["'=1+1", "'+1+1", "'-a", "'@a", "'\t=a", "'\r=a", "-5.25", 'a,"b"\nc', "ä=1", ""]
+        assert [formulas[f"k{number}"] for number in range(len(texts))] == shown
+        assert (oldest["t"], oldest["gps"], oldest["on"], oldest["off"]) == ("-4.5", '{"lat":1,"on":[true,null]}', "true", "")
+        assert (newest["t"], json.loads(newest["other"])) == ("3", {"timestamp": "mine", "other": 7})
+        assert all(TIME.fullmatch(line[0]) for line in lines[1:])
+        await client.get("/state-history/never?format=csv", 404)
+        for wrong in ("limit=100001&format=csv", "limit=1001", "limit=1001&format=json", "format=xml"):
+            assert "must be" in (await client.get(f"/state-history/a?{wrong}", 400))["error"]
+
+
+@in_a_loop
+async def test_csv_goes_through_pages_that_new_rows_do_not_shift(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
+    async with gateway_on(database) as client, client.board("a") as board:
+        read = client.store.history
+
+        async def busy_read(table: Any, limit: int, **wanted: Any) -> list[amhrpd.Row]:
+            rows = await read(table, limit, **wanted)
+            assert len(rows) <= 10
+            await say(board, "status", payload={"seq": "later"})
+            return rows
+
+        for number in range(35):
+            await say(board, "status", payload={"seq": number} | ({"old": {"n": number}} if number < 5 else {}))
+            await client.post("/command?device_type=none&command_name=x", {"n": number})
+        await eventually(lambda: client.gateway.messages[amhrpd.Status] == 35)
+        monkeypatch.setattr(client.store, "history", busy_read)
+        header, *states = (await csv_of(client, "/state-history/a?format=csv&limit=33"))[0]
+        assert header == ["timestamp", "seq", "other"]
+        assert [state[1] for state in states] == [str(number) for number in range(34, 1, -1)]
+        assert [state[2] for state in states[-3:]] == ['{"old":{"n":4}}', '{"old":{"n":3}}', '{"old":{"n":2}}']
+        monkeypatch.undo()
+        monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
+        header, *commands = (await csv_of(client, "/command-logs?format=csv&limit=100000&status=no_devices"))[0]
+        assert header == list(amhrpd.COLUMNS["command_logs"])
+        assert [command[3] for command in commands] == [f'{{"n":{number}}}' for number in range(34, -1, -1)]
+        header, *events = (await csv_of(client, "/device-connection-history/a?format=csv&event=connected"))[0]
+        assert header == list(amhrpd.COLUMNS["device_connection_logs"])
+        assert [(event[1], event[3], list(json.loads(event[5]))) for event in events] == [("a", "connected", ["peer"])]
+
+
+@in_a_loop
+async def test_download_that_cannot_go_on_is_cut_off_visibly(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
+    async with gateway_on(database) as client, client.board("a") as board:
+        for number in range(20):
+            await say(board, "status", payload={"seq": number})
+        await eventually(lambda: client.gateway.messages[amhrpd.Status] == 20)
+        read = client.store.history
+
+        async def failing_read(table: Any, limit: int, **wanted: Any) -> list[amhrpd.Row]:
+            if "id" in wanted:
+                raise amhrpd.GatewayError(amhrpd.Code.STORE_UNAVAILABLE, "gone")
+            return await read(table, limit, **wanted)
+
+        monkeypatch.setattr(client.store, "history", failing_read)
+        with pytest.raises(aiohttp.ClientError):
+            await csv_of(client, "/state-history/a?format=csv")
+        assert await client.is_up()
+
+
+async def figures(client: Client) -> dict[tuple[str, str], float]:
+    """What `/metrics` shows, by name and label."""
+    async with client.session.get(f"http://127.0.0.1:{client.port}/metrics") as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        families = list(text_string_to_metric_families(await response.text()))
+    samples = [sample for family in families for sample in family.samples]
+    return {(sample.name, ",".join(sample.labels.values())): sample.value for sample in samples}
+
+
+@in_a_loop
+async def test_metrics_count_what_happened(database: Path) -> None:
+    async with gateway_on(database, command_timeout_s=1) as client:
+        await client.post("/command?device_type=ESP32&command_name=x")
+        async with client.board("good") as good, client.board("bad") as bad, client.board("mute", "other"):
+            async with background(answer_commands(good), answer_commands(bad, "failure")):
+                await client.post("/command?device_id=good&command_name=x&wait=5")
+                await client.post("/command?device_id=good,bad&command_name=x&wait=5")
+                await client.post("/command?device_type=other&command_name=x&timeout=1&wait=5")
+            await say(good, "status", payload={})
+            await say(good, "nonsense")
+            await client.get("/nothing", 404)
+            await eventually(lambda: client.gateway.messages[amhrpd.Status])
+            found = await eventually(lambda: figures(client))
+        await eventually(lambda: client.gateway.registry.matching(is_online=True) == [])
+        after = await figures(client)
+    for name, value in {
+        ("amhrpd_devices_online", ""): 3,
+        ("amhrpd_devices_total", ""): 3,
+        ("amhrpd_connections", ""): 3,
+        ("amhrpd_open_commands", ""): 0,
+        ("amhrpd_messages_total", "registration"): 3,
+        ("amhrpd_messages_total", "status"): 1,
+        ("amhrpd_messages_total", "command_ack"): 3,
+        ("amhrpd_refusals_total", "UNKNOWN_MESSAGE_TYPE"): 1,
+        ("amhrpd_refusals_total", "NOT_FOUND"): 1,
+        ("amhrpd_commands_total", "no_devices"): 1,
+        ("amhrpd_commands_total", "ack_success"): 1,
+        ("amhrpd_commands_total", "ack_error"): 1,
+        ("amhrpd_commands_total", "ack_timeout"): 1,
+        ("amhrpd_answer_seconds_count", ""): 2,
+        ("amhrpd_answer_seconds_bucket", "1.0"): 2,
+        ("amhrpd_rows_dropped_total", ""): 0,
+        ("amhrpd_rows_rejected_total", ""): 0,
+        ("amhrpd_database_ok", ""): 1,
+    }.items():
+        assert found[name] == value, name
+    for positive in ("amhrpd_commit_seconds_count", "amhrpd_loop_late_seconds_count", "amhrpd_database_bytes"):
+        assert found[positive, ""] > 0
+    for positive in (
+        "amhrpd_disk_free_bytes",
+        "process_resident_memory_bytes",
+        "process_cpu_seconds_total",
+        "process_open_fds",
+    ):
+        assert found[positive, ""] > 0
+    assert ("amhrpd_rows_waiting", "") in found
+    assert (after["amhrpd_devices_online", ""], after["amhrpd_devices_total", ""]) == (0, 3)
+
+
+@in_a_loop
+async def test_health_knows_the_size_of_the_file_and_what_is_free(database: Path) -> None:
+    async with gateway_on(database) as client:
+        health = await client.get("/health")
+        assert health["database_bytes"] == database.stat().st_size
+        assert abs(health["disk_free_bytes"] - shutil.disk_usage(database.parent).free) < 1 << 30
+
+
+@in_a_loop
+async def test_openapi_describes_every_route_for_callers(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        document = await client.get("/openapi.json")
+        assert document["openapi"] == "3.1.0"
+        assert "security" not in document["paths"]["/devices"]["get"]
+        described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+        served = {(route.method, route.resource.canonical) for route in client.runner.app.router.routes() if route.resource}
+        of_streams_and_pages = {"/", "/events", "/ws/{device_id}"}
+        assert described == {(method, path) for method, path in served if method != "HEAD" and not path.startswith("/api")} - {
+            ("GET", path) for path in of_streams_and_pages
+        }
+        parameters = {p["name"]: p["schema"] for p in document["paths"]["/state-history/{device_id}"]["get"]["parameters"]}
+        assert set(parameters) == {"device_id", "limit", "since", "until", "before_id", "format"}
+        assert (parameters["limit"]["minimum"], parameters["limit"]["maximum"]) == (1, 1000)
+        schemas = document["components"]["schemas"]
+        assert schemas["CommandRequest"]["required"] == ["command_name"]
+        await say(board, "status", payload={"t": 1})
+        command = await client.post("/command?device_type=ESP32&command_name=x")
+        for path, name in {
+            "/devices/a": "Device",
+            "/state-history/a": "StateHistory",
+            "/device-connection-history/a": "ConnectionHistory",
+            "/command-logs": "CommandLogs",
+            f"/command-logs/{command['command_id']}": "CommandLog",
+            "/devices": "Devices",
+        }.items():
+            assert set(await client.get(path)) == set(schemas[name]["required"]), path
+        assert set(command) == set(schemas["Command"]["required"])
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert references <= set(schemas)
+
+
+@in_a_loop
+async def test_what_is_for_other_programs_wants_the_token(database: Path) -> None:
+    async with gateway_on(database, api_token="secret-token") as client:
+        for path in ("/metrics", "/openapi.json", "/command-logs?format=csv"):
+            assert (await client.get(path, 401))["error_code"] == "UNAUTHORIZED"
+            headers = {"Authorization": "Bearer secret-token"}
+            async with client.session.get(f"http://127.0.0.1:{client.port}{path}", headers=headers) as response:
+                assert response.status == 200
+                if path == "/openapi.json":
+                    document = await response.json()
+        assert document["paths"]["/devices"]["get"]["security"] == [{"bearer": []}, {"basic": []}]
+        assert "security" not in document["paths"]["/health"]["get"]
 
 
 # ======================================================================================================================
