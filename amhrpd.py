@@ -1714,6 +1714,9 @@ class Store:
 # Devices
 # ======================================================================================================================
 
+CLOSE_REPLACED = 4000  # contract, section 3
+CLOSE_TIMED_OUT = 4001
+
 Value = TypeVar("Value")
 
 
@@ -1774,6 +1777,12 @@ class Connection(ABC):
         self.pinged_s: float | None = None  # when the ping went out whose pong hasn't come yet
         self.has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
         self.is_over = asyncio.Event()  # the TCP connection is gone, or about to go
+
+    def end_details(self, code: int | None, reason: str) -> Row:
+        """What the connection history says of its end."""
+        seconds = round(time.monotonic() - self.opened_s, 3)
+        code = None if code is None else int(code)
+        return {"reason": reason, "code": code, "peer": self.peer, "seconds_connected": seconds}
 
     @abstractmethod
     async def send(self, frame: str) -> bool:
@@ -1865,53 +1874,26 @@ class Device:
 
 
 class Registry:
-    """Every device known, by id. The truth about who is online."""
+    """Every device known, by id: the truth about who is online, and the rows that tell of it."""
 
     # Ids are free to invent for whoever reaches the port: 10,000 cost about 10 MB, and what they say of themselves on top.
     MAX_DEVICES = 10_000
     MAX_CONTENT_BYTES = 16 << 20
+    LOOKUP_TIMEOUT_S = 1.0  # for what the file knows of a device that isn't in memory any more
+    MAX_TAKEOVERS = 10  # in TAKEOVER_WINDOW_S, then they are counted and not written (contract, section 5)
+    TAKEOVER_WINDOW_S = 60.0
 
-    def __init__(self, is_waiting: Callable[[str], bool]) -> None:
-        """`is_waiting` says of a device's id whether its row isn't in the file yet: then its metadata can't give way."""
-        self._is_waiting = is_waiting
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._devices: dict[str, Device] = {}
-        self._contents: Bounded[Device] = Bounded(self.MAX_DEVICES, self.MAX_CONTENT_BYTES)
+        self.contents: Bounded[Device] = Bounded(self.MAX_DEVICES, self.MAX_CONTENT_BYTES)  # their states and metadata
         self.forgotten = 0  # devices that made room for newer ones, and are only in the file
 
     def __len__(self) -> int:
         return len(self._devices)
 
-    @property
-    def contents_gave_way(self) -> int:
-        """How often a device's state and metadata made room for those of another."""
-        return self._contents.gave_way
-
-    def add(self, device: Device) -> Device | None:
-        """Take a device in. Returns the one that was longest away, where it has to make room."""
-        self._devices[device.device_id] = device
-        self.keep_content(device)
-        if len(self._devices) <= self.MAX_DEVICES:
-            return None
-        idle = (other for other in self._devices.values() if not (other.is_online or other.deadman or other is device))
-        oldest = min(idle, key=lambda other: other.last_heartbeat or other.connected_at, default=None)
-        if oldest is not None:
-            self.forgotten += 1
-            self.remove(oldest)
-        return oldest
-
-    def remove(self, device: Device) -> None:
-        """Forget a device."""
-        self._devices.pop(device.device_id, None)
-        self._contents.pop(device.device_id)
-
-    def keep_content(self, device: Device) -> None:
-        """Count what a device's state and metadata take now. Those that changed longest ago make room."""
-        for other in self._contents.put(device.device_id, device, device.content_bytes):
-            other.state = None
-            other.metadata = other.metadata if self._is_waiting(other.device_id) else None
-
     def find(self, device_id: str) -> Device | None:
-        """The device, or None where never seen."""
+        """The device, or None where it isn't in memory."""
         return self._devices.get(device_id)
 
     def matching(self, device_type: str | None = None, *, is_online: bool | None = None) -> list[Device]:
@@ -1921,6 +1903,133 @@ class Registry:
             for device in self._devices.values()
             if (device_type is None or device.device_type == device_type) and is_online in (None, device.is_online)
         ]
+
+    async def look_up(self, device_id: str) -> Device:
+        """The device, from the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
+        device = self.find(device_id)
+        if (device is None or device.metadata is None) and (self.forgotten or self.contents.gave_way):
+            with contextlib.suppress(GatewayError, TimeoutError):
+                async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
+                    row = await self._store.device(device_id)
+                if device is not None:
+                    device.metadata = row["metadata_json"] if row else "{}"
+                elif row is not None:
+                    self.know(device := Device.restore(row))
+        if device is None:
+            raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
+        return device
+
+    def know(self, device: Device) -> None:
+        """Take a device in. The one that was longest away makes room, where it has to."""
+        self._devices[device.device_id] = device
+        self._store.know_device(device.device_id, device)
+        self.keep_content(device)
+        if len(self._devices) > self.MAX_DEVICES:
+            idle = (other for other in self._devices.values() if not (other.is_online or other.deadman or other is device))
+            if (oldest := min(idle, key=lambda other: other.last_heartbeat or other.connected_at, default=None)) is not None:
+                self.forgotten += 1
+                self._forget(oldest)
+
+    def _forget(self, device: Device) -> None:
+        self._devices.pop(device.device_id, None)
+        self.contents.pop(device.device_id)
+        self._store.forget_device(device.device_id)
+
+    async def delete(self, device: Device) -> dict[str, int]:
+        """Forget a device that is offline, its snapshots and its connection history: how many of each.
+
+        Raises DEVICE_ONLINE, STORE_UNAVAILABLE.
+        """
+        if device.is_online:
+            raise GatewayError(
+                Code.DEVICE_ONLINE, f"device {device.device_id!r} is online; only one that is offline can be deleted"
+            )
+        self._forget(device)
+        try:
+            deleted = await self._store.delete_device(device.device_id, lambda: self.find(device.device_id) is not None)
+        except GatewayError:  # what is left of it is still known
+            if self.find(device.device_id) is None:
+                self.know(device)
+            raise
+        log.info("device_deleted", device_id=device.device_id, **deleted)
+        return deleted
+
+    def keep_content(self, device: Device) -> None:
+        """Count what a device's state and metadata take now. Those that changed longest ago make room."""
+        for other in self.contents.put(device.device_id, device, device.content_bytes):
+            other.state = None
+            if not self._store.is_device_waiting(other.device_id):  # else the file hasn't got its metadata yet
+                other.metadata = None
+
+    def save(self, device: Device, *, urgent: bool = True) -> None:
+        """Have the store write a device's row; see Store.put_device."""
+        device.saved_s = time.monotonic()
+        self._store.put_device(device.device_id, device, urgent=urgent)
+
+    # -- coming and going ----------------------------------------------------------------------------------------------
+
+    def come_online(self, connection: Connection, device_type: str) -> Device:
+        """A connection registers. Raises UNAUTHORIZED where a newer one of its device did."""
+        now = utc_now()
+        device = self.find(connection.device_id)
+        if device is None:
+            device = Device(connection.device_id, device_type, connected_at=now)
+            self.know(device)
+        is_logged = device.connection is None or self._replace(device, device.connection, connection, now)
+        device.device_type = device_type
+        device.connected_at = device.last_heartbeat = now
+        device.disconnected_at = None
+        device.connection = connection
+        connection.device = device
+        self.save(device)
+        if is_logged:
+            self._log_event(device, CONNECTED, {"peer": connection.peer}, now)
+        return device
+
+    def _replace(self, device: Device, previous: Connection, connection: Connection, now: datetime) -> bool:
+        """The newer connection wins, also where the older one registers last. At no moment the device reads as offline.
+
+        Returns whether it is written: two boards with one id would fill the history.
+        """
+        reason = "replaced by a newer connection"
+        if previous.serial > connection.serial:
+            connection.hang_up(CLOSE_REPLACED, reason)
+            raise GatewayError(Code.UNAUTHORIZED, "a newer connection of this device is registered")
+        device.takeovers.append(time.monotonic())
+        within_s = device.takeovers[-1] - device.takeovers[0]
+        is_logged = len(device.takeovers) < self.MAX_TAKEOVERS or within_s > self.TAKEOVER_WINDOW_S
+        if is_logged:
+            self._log_event(device, DISCONNECTED, previous.end_details(CLOSE_REPLACED, "replaced"), now)
+        else:
+            device.unlogged_takeovers += 1
+            log.warning("takeovers_not_written", device_id=device.device_id, reason="two boards have this device_id")
+        previous.hang_up(CLOSE_REPLACED, reason)
+        return is_logged
+
+    def go_offline(self, connection: Connection, event: str, code: int | None, reason: str) -> Device | None:
+        """A connection is over. Returns its device where it went offline by that."""
+        device = connection.device
+        if device is None or device.connection is not connection:
+            return None
+        device.connection = None
+        device.disconnected_at = utc_now()
+        self.save(device)
+        self._log_event(device, event, connection.end_details(code, reason), device.disconnected_at)
+        return device
+
+    def _log_event(self, device: Device, event: str, details: Row, moment: datetime) -> None:
+        if device.unlogged_takeovers:
+            details["takeovers"], device.unlogged_takeovers = device.unlogged_takeovers, 0
+        row = {
+            "device_id": device.device_id,
+            "device_type": device.device_type,
+            "event": event,
+            "timestamp": stored_time(moment),
+            "details": to_json(details),
+        }
+        log.info(f"device_{event}", device_id=device.device_id, **details)
+        if not self._store.put_event(row):
+            log.warning("event_dropped", device_id=device.device_id, dropped=event)
 
 
 # ======================================================================================================================
@@ -2330,9 +2439,6 @@ class Events:
 # Gateway
 # ======================================================================================================================
 
-CLOSE_REPLACED = 4000  # contract, section 3
-CLOSE_TIMED_OUT = 4001
-
 
 class Dispatch:
     """Commands on their way: to whom they go, what comes back, and the deadmen that go with them."""
@@ -2571,10 +2677,12 @@ class Dispatch:
             elif device.deadman is None:
                 self.arm(device, ArmedDeadman.due_in(armed_by, 0))  # for when it takes frames again
 
-    def connection_lost(self, device: Device) -> None:
-        """A connection that took a deadman's command and then said nothing may have been dead: it is due again."""
+    def fire_what_waits_for(self, device: Device) -> None:
+        """A device is back: what fired into a connection that then was lost without a word may not have arrived."""
         if device.unconfirmed is not None:
             self.arm(device, device.unconfirmed)
+        if device.deadman is not None:
+            self.fire_due()
 
     async def stop(self) -> None:
         """Send every armed deadman, and await no more answers."""
@@ -2591,14 +2699,11 @@ class Gateway:
 
     HEARTBEAT_SAVE_INTERVAL_S = 60.0  # a device's last activity reaches the disk this often, and at its end
     STOP_TIMEOUT_S = 5.0  # for all boards to echo the close
-    LOOKUP_TIMEOUT_S = 1.0  # for what a file knows of a device that isn't in memory any more
-    MAX_TAKEOVERS = 10  # in TAKEOVER_WINDOW_S, then they are counted and not written (contract, section 5)
-    TAKEOVER_WINDOW_S = 60.0
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
-        self.registry = Registry(store.is_device_waiting)
+        self.registry = Registry(store)
         self.events = Events()
         self.dispatch = Dispatch(settings, store, self.registry, self.events)
         self.is_stopping = False
@@ -2617,7 +2722,7 @@ class Gateway:
         """Know what a file has: its devices, which are offline, and its open commands, which are open again."""
         for row in restored.devices:
             if self.registry.find(row["device_id"]) is None:
-                self._know(Device.restore(row))
+                self.registry.know(Device.restore(row))
         for row in restored.commands:
             self.dispatch.take_up(row)
         if restored.devices or restored.commands:
@@ -2640,51 +2745,20 @@ class Gateway:
                     await connection.is_over.wait()
         await self.events.close()
 
-    # -- devices -------------------------------------------------------------------------------------------------------
-
-    def _know(self, device: Device) -> None:
-        self._store.know_device(device.device_id, device)
-        if (forgotten := self.registry.add(device)) is not None:
-            self._store.forget_device(forgotten.device_id)
-
-    async def find_device(self, device_id: str) -> Device:
-        """The device, looked up in the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
-        device = self.registry.find(device_id)
-        if (device is None or device.metadata is None) and (self.registry.forgotten or self.registry.contents_gave_way):
-            with contextlib.suppress(GatewayError, TimeoutError):
-                async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
-                    row = await self._store.device(device_id)
-                if device is not None:
-                    device.metadata = row["metadata_json"] if row else "{}"
-                elif row is not None:
-                    self._know(device := Device.restore(row))
-        if device is None:
-            raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
-        return device
-
     async def delete_device(self, device_id: str) -> dict[str, int]:
         """Forget a device, its snapshots and its connection history: how many of each.
 
         Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
         """
-        device = await self.find_device(device_id)
-        if device.is_online:
-            raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} is online; only one that is offline can be deleted")
+        device = await self.registry.look_up(device_id)
+        deleted = await self.registry.delete(device)
         self.dispatch.disarm(device)
-        self.registry.remove(device)
-        self._store.forget_device(device_id)
-        deleted = await self._store.delete_device(device_id, lambda: self.registry.find(device_id) is not None)
-        log.info("device_deleted", device_id=device_id, **deleted)
         self._tell_of(device, "device", lambda: {"device_id": device_id, "deleted": True})
         return deleted
 
     def _tell_of(self, device: Device, name: str, record: Callable[[], Row]) -> None:
         """Tell listeners the state of a device."""
         self.events.tell(name, device.device_type, (device.device_id,), record, of=device.device_id)
-
-    def _save_device(self, device: Device, *, urgent: bool = True) -> None:
-        device.saved_s = time.monotonic()
-        self._store.put_device(device.device_id, device, urgent=urgent)
 
     # -- connections ---------------------------------------------------------------------------------------------------
 
@@ -2694,7 +2768,7 @@ class Gateway:
         if self.is_stopping:
             self.end(connection, WSCloseCode.GOING_AWAY, "the gateway stops")
         with contextlib.suppress(GatewayError):
-            await self.find_device(connection.device_id)
+            await self.registry.look_up(connection.device_id)
 
     def end(self, connection: Connection, code: int, reason: str, event: str = DISCONNECTED) -> None:
         """End a connection from this side: its device is offline at once."""
@@ -2706,76 +2780,11 @@ class Gateway:
         self.connections.discard(connection)
         self._go_offline(connection, event, code, reason)
 
-    def _come_online(self, connection: Connection, device_type: str) -> Device:
-        device = self.registry.find(connection.device_id)
-        now = utc_now()
-        if device is None:
-            device = Device(connection.device_id, device_type, connected_at=now)
-            self._know(device)
-        is_logged = device.connection is None or self._replace(device, device.connection, connection, now)
-        device.device_type = device_type
-        device.connected_at = device.last_heartbeat = now
-        device.disconnected_at = None
-        device.connection = connection
-        connection.device = device
-        self._save_device(device)
-        if is_logged:
-            self._log_event(device, CONNECTED, {"peer": connection.peer}, now)
-        if device.deadman is not None:
-            self.dispatch.fire_due()
-        return device
-
-    def _replace(self, device: Device, previous: Connection, connection: Connection, now: datetime) -> bool:
-        """The newer connection wins, also where the older one registers last. At no moment the device reads as offline.
-
-        Returns whether it is written: two boards with one id would fill the history.
-        """
-        reason = "replaced by a newer connection"
-        if previous.serial > connection.serial:
-            connection.hang_up(CLOSE_REPLACED, reason)
-            raise GatewayError(Code.UNAUTHORIZED, "a newer connection of this device is registered")
-        device.takeovers.append(time.monotonic())
-        within_s = device.takeovers[-1] - device.takeovers[0]
-        is_logged = len(device.takeovers) < self.MAX_TAKEOVERS or within_s > self.TAKEOVER_WINDOW_S
-        if is_logged:
-            self._log_event(device, DISCONNECTED, self._end_details(previous, CLOSE_REPLACED, "replaced"), now)
-        else:
-            device.unlogged_takeovers += 1
-            log.warning("takeovers_not_written", device_id=device.device_id, reason="two boards have this device_id")
-        self.dispatch.connection_lost(device)
-        previous.hang_up(CLOSE_REPLACED, reason)
-        return is_logged
-
     def _go_offline(self, connection: Connection, event: str, code: int | None, reason: str) -> None:
-        device = connection.device
-        if device is None or device.connection is not connection:
-            return
-        device.connection = None
-        if code is None or event == TIMEOUT:  # without a word
-            self.dispatch.connection_lost(device)
-        device.disconnected_at = utc_now()
-        self._save_device(device)
-        self._log_event(device, event, self._end_details(connection, code, reason), device.disconnected_at)
-        self._tell_of(device, "device", device.record)
-
-    def _log_event(self, device: Device, event: str, details: Row, moment: datetime) -> None:
-        if device.unlogged_takeovers:
-            details["takeovers"], device.unlogged_takeovers = device.unlogged_takeovers, 0
-        row = {
-            "device_id": device.device_id,
-            "device_type": device.device_type,
-            "event": event,
-            "timestamp": stored_time(moment),
-            "details": to_json(details),
-        }
-        log.info(f"device_{event}", device_id=device.device_id, **details)
-        if not self._store.put_event(row):
-            log.warning("event_dropped", device_id=device.device_id, dropped=event)
-
-    def _end_details(self, connection: Connection, code: int | None, reason: str) -> Row:
-        seconds = round(time.monotonic() - connection.opened_s, 3)
-        code = None if code is None else int(code)
-        return {"reason": reason, "code": code, "peer": connection.peer, "seconds_connected": seconds}
+        if (device := self.registry.go_offline(connection, event, code, reason)) is not None:
+            if code is not None and event != TIMEOUT:  # it said goodbye, or would have: what it was sent has arrived
+                device.unconfirmed = None
+            self._tell_of(device, "device", device.record)
 
     # -- what boards say -----------------------------------------------------------------------------------------------
 
@@ -2787,7 +2796,8 @@ class Gateway:
                 if isinstance(message, Registration):
                     raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
                 raise GatewayError(Code.UNAUTHORIZED, "device_type required: the first message must bear it")
-            device = self._come_online(connection, message.device_type)
+            device = self.registry.come_online(connection, message.device_type)
+            self.dispatch.fire_what_waits_for(device)
             if not isinstance(message, Registration):  # which says more, and is told of then
                 self._tell_of(device, "device", device.record)
         match message:
@@ -2822,7 +2832,7 @@ class Gateway:
         if message.metadata is not None:
             device.metadata = to_json(message.metadata)
             self.registry.keep_content(device)
-        self._save_device(device)
+        self.registry.save(device)
         self._tell_of(device, "device", device.record)
 
     def _record_status(self, device: Device, message: Status) -> None:
@@ -2886,7 +2896,7 @@ class Gateway:
             return
         is_due = now_s - device.saved_s >= self.HEARTBEAT_SAVE_INTERVAL_S
         if connection.heard_s > device.saved_s and is_due:
-            self._save_device(device, urgent=False)
+            self.registry.save(device, urgent=False)
 
     def health(self) -> Row:
         """What `GET /health` answers (contract, section 6), from memory."""
@@ -2909,7 +2919,7 @@ class Gateway:
         }
         gave_way = {
             "devices": self.registry.forgotten,
-            "states": self.registry.contents_gave_way,
+            "states": self.registry.contents.gave_way,
             "open_commands": commands.open.gave_way,
         }
         if any(gave_way.values()):
@@ -3764,7 +3774,7 @@ class RestApi:
     async def device(self, request: web.Request) -> web.Response:
         """`GET /devices/{device_id}`."""
         parse_query(request, NoQuery)
-        return json_response((await self._gateway.find_device(request.match_info["device_id"])).record())
+        return json_response((await self._gateway.registry.look_up(request.match_info["device_id"])).record())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /events`: what happens, as it happens. aiohttp-sse says every SILENCE_S that the connection is alive."""
@@ -3806,7 +3816,7 @@ class RestApi:
     async def state_history(self, request: web.Request) -> web.StreamResponse:
         """`GET /state-history/{device_id}`."""
         query = parse_query(request, HistoryQuery)
-        device_id = (await self._gateway.find_device(request.match_info["device_id"])).device_id
+        device_id = (await self._gateway.registry.look_up(request.match_info["device_id"])).device_id
 
         async def read(limit: int, last: Row | None = None) -> list[Row]:
             return await self._store.history("device_state_snapshots", limit, device_id=device_id, **query.filters(last))
@@ -3819,7 +3829,7 @@ class RestApi:
     async def connection_history(self, request: web.Request) -> web.StreamResponse:
         """`GET /device-connection-history/{device_id}`."""
         query = parse_query(request, EventsQuery)
-        device_id = (await self._gateway.find_device(request.match_info["device_id"])).device_id
+        device_id = (await self._gateway.registry.look_up(request.match_info["device_id"])).device_id
         wanted = {"device_id": device_id} | ({"event": query.event} if query.event else {})
 
         async def read(limit: int, last: Row | None = None) -> list[Row]:
