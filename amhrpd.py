@@ -3546,6 +3546,7 @@ DESCRIBED: Mapping[str, tuple[type[msgspec.Struct], Any]] = {
     "command_logs": (CommandLogsQuery, answer_type("CommandLogs", total=int, logs=[_COMMAND_LOG])),
     "command_log": (NoQuery, _COMMAND_LOG),
     "connection_history": (EventsQuery, answer_type("ConnectionHistory", device_id=str, total=int, events=[_CONNECTION_EVENT])),
+    "events": (ListenQuery, "text/event-stream"),
     "metrics": (NoQuery, "text/plain"),
     "openapi": (NoQuery, "application/json"),
 }

@@ -1843,9 +1843,9 @@ async def test_openapi_describes_every_route_for_callers(database: Path) -> None
         assert document["security"] == [{}, {"bearer": []}, {"basic": []}]
         described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
         served = {(route.method, route.resource.canonical) for route in client.runner.app.router.routes() if route.resource}
-        of_streams_and_pages = {"/", "/events", "/ws/{device_id}"}
+        for_people_and_boards = {"/", "/ws/{device_id}"}
         assert described == {(method, path) for method, path in served if method != "HEAD" and not path.startswith("/api")} - {
-            ("GET", path) for path in of_streams_and_pages
+            ("GET", path) for path in for_people_and_boards
         }
         parameters = {p["name"]: p["schema"] for p in document["paths"]["/state-history/{device_id}"]["get"]["parameters"]}
         assert set(parameters) == {"device_id", "limit", "since", "until", "before_id", "format"}
