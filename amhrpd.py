@@ -66,6 +66,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, get_args
 
 import aiohttp
@@ -3200,6 +3201,9 @@ class RangeQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class HistoryQuery(RangeQuery, kw_only=True):
     """`GET /state-history/{device_id}`."""
 
+    table: ClassVar[TableName] = "device_state_snapshots"
+    rows_name: ClassVar[str] = "states"
+
     before_id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
@@ -3212,7 +3216,14 @@ class HistoryQuery(RangeQuery, kw_only=True):
 class EventsQuery(HistoryQuery, kw_only=True):
     """`GET /device-connection-history/{device_id}`."""
 
+    table: ClassVar[TableName] = "device_connection_logs"
+    rows_name: ClassVar[str] = "events"
+
     event: Literal["connected", "disconnected", "timeout"] | None = None
+
+    def filters(self, last: Row | None = None) -> dict[str, Any]:
+        """See HistoryQuery."""
+        return super().filters(last) | ({"event": self.event} if self.event else {})
 
 
 class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -3244,8 +3255,22 @@ class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class CommandLogsQuery(RangeQuery, kw_only=True):
     """`GET /command-logs`."""
 
+    table: ClassVar[TableName] = "command_logs"
+    rows_name: ClassVar[str] = "logs"
+
     status: Literal["created", "sent", "ack_success", "ack_error", "ack_timeout", "no_devices"] | None = None
     device_type: str | None = None
+
+    def filters(self, last: Row | None = None) -> dict[str, Any]:
+        """The rows that are wanted, after `last` where that is known, by COMMAND_FILTERS."""
+        wanted = {
+            "status": self.status,
+            "device_type": self.device_type,
+            "since": stored_time(self.since),
+            "until": stored_time(self.until),
+            "before": None if last is None else last["command_id"],
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
 
 
 class CommandQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -3494,140 +3519,104 @@ class Metrics:
 
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
-Schema = dict[str, Any]
+
+def answer_type(name: str, table: TableName | None = None, /, optional: Row | None = None, **fields: Any) -> Any:
+    """A type of JSON answers: the table's columns, then these fields, where `[kind]` is a list of `kind`."""
+    types = {"id": int, "is_online": bool, "target_device_count": int, "success_count": int}
+    columns: Row = {
+        key: Any if key in JSON_COLUMNS else types.get(key, str) | None for key in (COLUMNS[table] if table else ())
+    }
+    for key, kind in fields.items():
+        columns[key] = GenericAlias(list, tuple(kind)) if isinstance(kind, list) else kind
+    return msgspec.defstruct(
+        name, [*columns.items(), *((key, kind | msgspec.UnsetType, msgspec.UNSET) for key, kind in (optional or {}).items())]
+    )
 
 
-def object_schema(properties: Schema, *optional: str) -> Schema:
-    """Of an object that has these properties, all but the optional ones always."""
-    return {"type": "object", "properties": properties, "required": [name for name in properties if name not in optional]}
-
-
-def column_schema(name: str) -> Schema:
-    """Of a column as answers show it."""
-    if name in TIME_COLUMNS:
-        return {"type": ["string", "null"], "description": "UTC, such as 2026-01-24T10:30:45.123456"}
-    if name in JSON_COLUMNS:
-        return {}
-    types = {"id": ["integer"], "is_online": ["boolean"], "target_device_count": ["integer"], "success_count": ["integer"]}
-    return {"type": [*types.get(name, ["string"]), "null"]}
-
-
-def row_schema(table: TableName) -> Schema:
-    """Of a row as answers show it."""
-    return object_schema({name: column_schema(name) for name in COLUMNS[table]})
-
-
-def list_schema(name: str, of: str, *others: str) -> Schema:
-    """Of an answer with a list, `name`, of `of`."""
-    items = {"type": "array", "items": {"$ref": f"#/components/schemas/{of}"}}
-    return object_schema({key: {"type": "string"} for key in others} | {"total": {"type": "integer"}, name: items})
-
-
-_COUNT = {"type": "integer", "minimum": 0}
-_ANY_OBJECT = {"type": ["object", "null"]}
-ANSWERS: Mapping[str, Schema] = {
-    "Health": {"type": "object", "properties": {"status": {"enum": ["ok", "degraded"]}}, "required": ["status"]},
-    "Device": object_schema(
-        {name: column_schema(name) for name in COLUMNS["devices"]}
-        | {"metadata": {}, "state": {}, "state_timestamp": column_schema("timestamp")}
-        | {"alert": _ANY_OBJECT, "deadman_at": column_schema("timestamp")}
-    ),
-    "Devices": list_schema("devices", "Device"),
-    "Deleted": object_schema(
-        {"device_id": {"type": "string"}, "deleted": object_schema({"snapshots": _COUNT, "events": _COUNT})}
-    ),
-    "State": row_schema("device_state_snapshots"),
-    "StateHistory": list_schema("states", "State", "device_id"),
-    "ConnectionEvent": row_schema("device_connection_logs"),
-    "ConnectionHistory": list_schema("events", "ConnectionEvent", "device_id"),
-    "CommandLog": row_schema("command_logs"),
-    "CommandLogs": list_schema("logs", "CommandLog"),
-    "Command": object_schema(
-        {name: column_schema(name) for name in COLUMNS["command_logs"] if name not in ("executed_at", "completed_at")}
-        | {"alerts": {"type": "array"}, "deadman": _ANY_OBJECT, "detail": {"type": "string"}, "persisted": {"type": "boolean"}},
-        *("response_data", "alerts", "deadman", "detail", "persisted"),
-    ),
-    "Error": object_schema({"error": {"type": "string"}, "error_code": {"enum": [code.name for code in Code]}}),
-}
-# What a handler takes in the query and answers: a schema of ANSWERS, or another content type.
-DESCRIBED: Mapping[str, tuple[type[msgspec.Struct], str]] = {
-    "health": (NoQuery, "Health"),
-    "devices": (DevicesQuery, "Devices"),
-    "device": (NoQuery, "Device"),
-    "delete_device": (NoQuery, "Deleted"),
-    "command": (NoQuery, "Command"),  # its other form, all in the query, can't be said beside this one
-    "state_history": (HistoryQuery, "StateHistory"),
-    "command_logs": (CommandLogsQuery, "CommandLogs"),
-    "command_log": (NoQuery, "CommandLog"),
-    "connection_history": (EventsQuery, "ConnectionHistory"),
+_TIME = str | None
+_DEVICE = answer_type("Device", "devices", metadata=Any, state=Any, state_timestamp=_TIME, alert=dict | None, deadman_at=_TIME)
+_STATE = answer_type("State", "device_state_snapshots")
+_CONNECTION_EVENT = answer_type("ConnectionEvent", "device_connection_logs")
+_COMMAND_LOG = answer_type("CommandLog", "command_logs")
+_ERROR = answer_type("Error", error=str, error_code=Literal[tuple(code.name for code in Code)])
+_COMMAND = answer_type(
+    "Command",
+    **dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), str),
+    **{"payload": dict, "target_device_count": int, "success_count": int},
+    optional={"response_data": Any, "alerts": list, "deadman": Deadman, "detail": str, "persisted": bool},
+)
+# What a handler takes in the query, and answers: JSON of a type, or another content type.
+DESCRIBED: Mapping[str, tuple[type[msgspec.Struct], Any]] = {
+    "health": (NoQuery, answer_type("Health", status=Literal["ok", "degraded"])),
+    "devices": (DevicesQuery, answer_type("Devices", total=int, devices=[_DEVICE])),
+    "device": (NoQuery, _DEVICE),
+    "delete_device": (NoQuery, answer_type("Deleted", device_id=str, deleted=dict[str, int])),
+    "command": (NoQuery, _COMMAND),  # its other form, in the query, can't be said beside this one
+    "state_history": (HistoryQuery, answer_type("StateHistory", device_id=str, total=int, states=[_STATE])),
+    "command_logs": (CommandLogsQuery, answer_type("CommandLogs", total=int, logs=[_COMMAND_LOG])),
+    "command_log": (NoQuery, _COMMAND_LOG),
+    "connection_history": (EventsQuery, answer_type("ConnectionHistory", device_id=str, total=int, events=[_CONNECTION_EVENT])),
+    "events": (ListenQuery, "text/event-stream"),
     "metrics": (NoQuery, "text/plain"),
     "openapi": (NoQuery, "application/json"),
 }
 
 
-def query_parameters(kind: type[msgspec.Struct]) -> list[Schema]:
-    """A route's query parameters. None is what is left out, and nothing that can be given."""
-    (_,), schemas = msgspec.json.schema_components([kind])
-    properties = schemas[kind.__name__]["properties"]
-    return [
-        {"name": name, "in": "query", "schema": next(iter(schema["anyOf"])) if "anyOf" in schema else schema}
-        for name, schema in properties.items()
-    ]
+def described(path: str, handler: Handler, schemas: Mapping[str, Any]) -> Row:
+    """What OpenAPI says of one route."""
+
+    def json_of(name: str) -> Row:
+        return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+
+    query, answer = DESCRIBED[handler.__name__]
+    content: Row = {answer: {}} if isinstance(answer, str) else json_of(answer.__name__)
+    if issubclass(query, RangeQuery):
+        content["text/csv"] = {}
+    # In a query nothing is null: that is what is left out.
+    options = {name: schema.get("anyOf", [schema])[0] for name, schema in schemas[query.__name__]["properties"].items()}
+    names = re.findall(r"{(\w+)}", path)
+    operation: Row = {
+        "operationId": handler.__name__,
+        "summary": (handler.__doc__ or "").partition("\n")[0],
+        "parameters": [
+            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
+            *({"name": name, "in": "query", "schema": schema} for name, schema in options.items()),
+        ],
+        "responses": {"200": {"description": "done", "content": content}}
+        | {status: {"description": "refused", "content": json_of("Error")} for status in ("4XX", "5XX")},
+    }
+    if handler.__name__ == "health":
+        operation["responses"]["503"] = {"description": "the database can't be written", "content": content}
+    if handler.__name__ == "command":
+        operation["requestBody"] = {"required": True, "content": json_of("CommandRequest")}
+    return operation
 
 
-def command_schemas() -> Schema:
-    """The request of `POST /command`, and what it is made of. It names its targets by type or by ids: both is for checking."""
-    _, schemas = msgspec.json.schema_components([CommandRequest], ref_template="#/components/schemas/{name}")
+def openapi(table: Iterable[tuple[str, str, Handler, Access]]) -> msgspec.Raw:
+    """The routes of the table that are DESCRIBED, as OpenAPI 3.1."""
+    kinds = [kind for pair in DESCRIBED.values() for kind in pair if not isinstance(kind, str)]
+    _, schemas = msgspec.json.schema_components([CommandRequest, _ERROR, *kinds], ref_template="#/components/schemas/{name}")
     request = schemas["CommandRequest"]
     one_or_several = request["properties"]["device_id"]["anyOf"]
     one_or_several.append(one_or_several[0]["items"])
     given, absent = {"not": {"type": "null"}}, {"type": "null"}
-    request["anyOf"] = [
+    request["anyOf"] = [  # both are possible, and then checked against each other
         {"required": ["device_type"], "properties": {"device_type": given, "device_id": absent}},
         {"required": ["device_id"], "properties": {"device_type": absent, "device_id": given}},
     ]
-    return schemas
-
-
-def operation(path: str, handler: Handler) -> Schema:
-    """What OpenAPI says of one route."""
-    query, answer = DESCRIBED[handler.__name__]
-    content = {answer: {}} if "/" in answer else {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer}"}}}
-    if issubclass(query, RangeQuery):
-        content["text/csv"] = {}
-    errors = {"description": "refused", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-    in_path = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"{(\w+)}", path)
-    ]
-    described: Schema = {
-        "operationId": handler.__name__,
-        "summary": (handler.__doc__ or "").partition("\n")[0],
-        "parameters": in_path + query_parameters(query),
-        "responses": {"200": {"description": "done", "content": content}, "4XX": errors, "5XX": errors},
-    }
-    if answer == "Health":
-        described["responses"]["503"] = described["responses"]["200"] | {"description": "the database can't be written"}
-    if answer == "Command":
-        body = {"schema": {"$ref": "#/components/schemas/CommandRequest"}}
-        described["requestBody"] = {"required": True, "content": {"application/json": body}}
-    return described
-
-
-def openapi(table: Iterable[tuple[str, str, Handler, Access]], *, has_token: bool) -> msgspec.Raw:
-    """The routes of the table that are DESCRIBED, as OpenAPI 3.1."""
-    paths: dict[str, Schema] = {}
-    for method, path, handler, access in table:
+    paths: dict[str, Row] = {}
+    for method, path, handler, _ in table:
         if handler.__name__ in DESCRIBED:
-            described = operation(path, handler)
-            if has_token and access is Access.CALLERS:
-                described["security"] = [{"bearer": []}, {"basic": []}]
-            paths.setdefault(path, {})[method.lower()] = described
-    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
+            paths.setdefault(path, {})[method.lower()] = described(path, handler, schemas)
     document = {
         "openapi": "3.1.0",
         "info": {"title": "AMHR-PD gateway", "version": VERSION},
         "paths": paths,
-        "components": {"schemas": {**ANSWERS, **command_schemas()}, "securitySchemes": schemes},
+        "security": [{}, {"bearer": []}, {"basic": []}],
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")},
+        },
     }
     return raw(to_json(document).replace(r"\\A", "^").replace(r"\\Z", "$"))  # JSON Schema's patterns are JavaScript's
 
@@ -3815,50 +3804,20 @@ class RestApi:
 
     async def state_history(self, request: web.Request) -> web.StreamResponse:
         """`GET /state-history/{device_id}`."""
-        query = parse_query(request, HistoryQuery)
-        device_id = (await self._gateway.registry.look_up(request.match_info["device_id"])).device_id
-
-        async def read(limit: int, last: Row | None = None) -> list[Row]:
-            return await self._store.history("device_state_snapshots", limit, device_id=device_id, **query.filters(last))
-
-        if query.format == "csv":
-            return await self._send_csv(request, f"{device_id}-states", query.limit, read, "device_state_snapshots")
-        states = await read(query.limit)
-        return json_response({"device_id": device_id, "total": len(states), "states": states})
+        return await self._device_history(request, parse_query(request, HistoryQuery))
 
     async def connection_history(self, request: web.Request) -> web.StreamResponse:
         """`GET /device-connection-history/{device_id}`."""
-        query = parse_query(request, EventsQuery)
-        device_id = (await self._gateway.registry.look_up(request.match_info["device_id"])).device_id
-        wanted = {"device_id": device_id} | ({"event": query.event} if query.event else {})
-
-        async def read(limit: int, last: Row | None = None) -> list[Row]:
-            return await self._store.history("device_connection_logs", limit, **wanted, **query.filters(last))
-
-        if query.format == "csv":
-            return await self._send_csv(request, f"{device_id}-connections", query.limit, read, "device_connection_logs")
-        events = await read(query.limit)
-        return json_response({"device_id": device_id, "total": len(events), "events": events})
+        return await self._device_history(request, parse_query(request, EventsQuery))
 
     async def command_logs(self, request: web.Request) -> web.StreamResponse:
         """`GET /command-logs`."""
-        query = parse_query(request, CommandLogsQuery)
-        wanted = {
-            "status": query.status,
-            "device_type": query.device_type,
-            "since": stored_time(query.since),
-            "until": stored_time(query.until),
-        }
-        given = {name: value for name, value in wanted.items() if value is not None}
+        return await self._send_rows(request, parse_query(request, CommandLogsQuery), self._store.newest_commands)
 
-        async def read(limit: int, last: Row | None = None) -> list[Row]:
-            before = {} if last is None else {"before": last["command_id"]}
-            return await self._store.newest_commands(limit, **given, **before)
-
-        if query.format == "csv":
-            return await self._send_csv(request, "commands", query.limit, read, "command_logs")
-        logs = await read(query.limit)
-        return json_response({"total": len(logs), "logs": logs})
+    async def _device_history(self, request: web.Request, query: HistoryQuery) -> web.StreamResponse:
+        device_id = (await self._gateway.registry.look_up(request.match_info["device_id"])).device_id
+        read = functools.partial(self._store.history, query.table, device_id=device_id)
+        return await self._send_rows(request, query, read, device_id=device_id)
 
     async def command_log(self, request: web.Request) -> web.Response:
         """`GET /command-logs/{command_id}`."""
@@ -3871,27 +3830,34 @@ class RestApi:
 
     # -- for other programs --------------------------------------------------------------------------------------------
 
-    async def _send_csv(
-        self, request: web.Request, name: str, limit: int, read: Callable[..., Awaitable[list[Row]]], table: TableName
+    async def _send_rows(
+        self,
+        request: web.Request,
+        query: HistoryQuery | CommandLogsQuery,
+        read: Callable[..., Awaitable[list[Row]]],
+        **about: str,
     ) -> web.StreamResponse:
-        """Up to `limit` rows as a download. `read(limit, last)` gives those that come after the row `last`."""
-        rows = await read(min(limit, CSV_PAGE_ROWS))
-        sheet = StateSheet(rows) if table == "device_state_snapshots" else Sheet(table)
-        filename = re.sub(r"[^A-Za-z0-9._-]", "_", name)
-        response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{filename}.csv"'})
+        """The rows of a history, newest first: JSON with what they are about, or CSV as it is read."""
+        if query.format == "json":
+            rows = await read(query.limit, **query.filters())
+            return json_response({**about, "total": len(rows), query.rows_name: rows})
+        rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
+        response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}.csv"'})
         response.content_type, response.charset = "text/csv", "utf-8"
         response.headers.update(self._cors_headers(request))
         await response.prepare(request)
+        sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
         await response.write(csv_lines([sheet.header]))
+        left = query.limit
         try:
             while rows:
                 for start in range(0, len(rows), CSV_TURN_ROWS):
                     await response.write(csv_lines(map(sheet.cells, rows[start : start + CSV_TURN_ROWS])))
                     await asyncio.sleep(0)
-                limit -= len(rows)
-                last = rows[-1]
-                rows = []  # one page in memory at a time
-                rows = await read(min(limit, CSV_PAGE_ROWS), last) if limit else []
+                left -= len(rows)
+                last, rows = rows[-1], []  # one page in memory at a time
+                rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
         except GatewayError as error:  # the caller must see that this isn't all
             log.warning("download_cut_off", peer=peer_of(request), path=request.path, error=str(error))
             if request.transport is not None:
@@ -3907,7 +3873,7 @@ class RestApi:
     async def openapi(self, request: web.Request) -> web.Response:
         """`GET /openapi.json`."""
         parse_query(request, NoQuery)
-        return json_response(openapi(self._table, has_token=self._settings.api_token is not None))
+        return json_response(openapi(self._table))
 
 
 # ======================================================================================================================
