@@ -31,6 +31,7 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import difflib
 import enum
 import errno
 import fcntl
@@ -170,18 +171,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
-        """Build the settings from `flags` (field name -> text, None where not given), which win over `environ`.
-
-        An empty text counts as not given. Raises ConfigError on the first value that can't be.
-        """
-        values: dict[str, Any] = {}
-        for field in msgspec.structs.fields(cls):
-            flag, variable = flag_of(field.name), variable_of(field.name)
-            if flag and (text := flags.get(field.name)):
-                values[field.name] = convert_setting(flag, text, field.type)
-            elif text := environ.get(variable):
-                values[field.name] = convert_setting(variable, text, field.type)
-        settings = cls(**values)
+        """The settings of `flags` (field name -> text, None where not given) and `environ`. Raises ConfigError."""
+        settings = cls(**read_settings(cls, flags, environ))
         if (settings.tls_cert is None) != (settings.tls_key is None):
             raise ConfigError("--tls-cert (AMHRPD_TLS_CERT) and --tls-key (AMHRPD_TLS_KEY) go together: set both or neither")
         return settings
@@ -197,6 +188,39 @@ def variable_of(field: str) -> str:
     return "DATABASE_URL" if field == "database_url" else "AMHRPD_" + field.removesuffix("_s").upper()
 
 
+def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What `flags`, which win, and `environ` set of `kind`'s fields. An empty text counts as not given.
+
+    The variables are always the gateway's, so that the simulator can run with the same ones. Raises ConfigError for the
+    first value that can't be, and for a variable that nobody knows: a token with a misspelt name would leave the door open.
+    """
+    known = [variable_of(name) for name in Settings.__struct_fields__]
+    for variable in sorted(environ):
+        if variable.startswith("AMHRPD_") and variable not in known:
+            (meant,) = difflib.get_close_matches(variable, known, n=1, cutoff=0)
+            raise ConfigError(f"{variable} is no setting: did you mean {meant}?")
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        flag, variable = flag_of(field.name), variable_of(field.name)
+        if flag and (text := flags.get(field.name)):
+            values[field.name] = convert_setting(flag, text, field.type)
+        elif variable in known and (text := environ.get(variable)):
+            values[field.name] = convert_setting(variable, text, field.type)
+    return values
+
+
+def convert_setting(source: str, text: str, kind: Any) -> Any:
+    """The value that `text`, which comes from `source`, stands for as a setting of type `kind`. Raises ConfigError."""
+    is_choice = isinstance(base_type(kind), msgspec.inspect.LiteralType)
+    try:
+        return msgspec.convert(from_text(text.lower() if is_choice else text, kind), kind)
+    except msgspec.ValidationError:
+        shown = (
+            f"{source} is (hidden): it must be {requirement(kind)}" if "TOKEN" in source else wrong_value(source, text, kind)
+        )
+        raise ConfigError(shown) from None
+
+
 def base_type(kind: Any) -> Any:
     """What a type is when it isn't None, without its metadata: one of msgspec.inspect's types."""
     info = msgspec.inspect.type_info(kind)
@@ -207,15 +231,8 @@ def base_type(kind: Any) -> Any:
 
 def metadata_of(kind: Any, key: str) -> str | None:
     """A type's `title` or `description`, also where the type is optional."""
-    info = msgspec.inspect.type_info(kind)
-    while isinstance(info, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
-        if isinstance(info, msgspec.inspect.Metadata):
-            if key in (info.extra_json_schema or {}):
-                return str((info.extra_json_schema or {})[key])
-            info = info.type
-        else:
-            info = info.types[0]
-    return None
+    schema = msgspec.json.schema(kind, schema_hook=lambda _: {"type": "string"})
+    return next((part[key] for part in (schema, *schema.get("anyOf", ())) if key in part), None)
 
 
 def requirement(kind: Any) -> str:
@@ -258,22 +275,6 @@ def from_text(text: str, kind: Any) -> Any:
             case msgspec.inspect.DateTimeType():  # a `+` that nobody escaped arrives as a space
                 return naive_utc(datetime.fromisoformat(re.sub(r"(:.*) (\d\d:?\d\d)$", r"\1+\2", text.upper())))
     return text
-
-
-def help_of(kind: Any) -> str:
-    """What a setting of this type is for and what it may be."""
-    return f"{metadata_of(kind, 'description')}; {requirement(kind)}"
-
-
-def convert_setting(source: str, text: str, kind: Any) -> Any:
-    """The value that `text`, which comes from `source`, stands for as a setting of type `kind`. Raises ConfigError."""
-    is_choice = isinstance(base_type(kind), msgspec.inspect.LiteralType)
-    try:
-        return msgspec.convert(from_text(text.lower() if is_choice else text, kind), kind)
-    except msgspec.ValidationError:
-        if "TOKEN" in source:
-            raise ConfigError(f"{source} is (hidden): it must be {requirement(kind)}") from None
-        raise ConfigError(wrong_value(source, text, kind)) from None
 
 
 def naive_utc(moment: datetime) -> datetime:
@@ -4612,64 +4613,53 @@ def percentiles(times_s: Sequence[float]) -> str:
 # ======================================================================================================================
 
 
-def _serve_parser() -> argparse.ArgumentParser:
-    fields = msgspec.structs.fields(Settings)
-    secrets = [f"{variable_of(field.name)} ({help_of(field.type)})" for field in fields if flag_of(field.name) is None]
-    parser = argparse.ArgumentParser(
-        prog="amhrpd.py",
-        description="Gateway for ESP32 boards: WebSocket for the boards, REST for callers, history in SQLite. "
-        "'amhrpd.py simulate --help' tells of the fleet of boards to try it with.",
-        epilog=f"Every flag has an environment variable, which the flag overrides. Only as variables: {'; '.join(secrets)}.",
-    )
-    parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
-    for field in fields:
-        if (flag := flag_of(field.name)) is not None:
-            metavar = "S" if field.name.endswith("_s") else field.name.rpartition("_")[2].upper()
-            default = f", {field.default}" if field.default not in (None, "") else ""
-            text = f"{help_of(field.type)} [{variable_of(field.name)}{default}]"
-            parser.add_argument(flag, dest=field.name, metavar=metavar, help=text.replace("%", "%%"))
-    return parser
+USES = """
+  amhrpd.py [serve] [flags]    run the gateway: boards connect to ws://HOST:8000/ws/{device_id},
+                               callers and browsers to http://HOST:8000/
+  amhrpd.py simulate [flags]   play a fleet of boards against a running gateway, then ask it whether all that they
+                               sent was kept: exit code 1 if anything is missing
+"""
 
 
-def _simulate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="amhrpd.py simulate",
-        description="Play a fleet of boards against a running gateway, then ask it whether all that they sent was kept. "
-        "Exit code 1 if anything is missing.",
-        epilog="Where tokens are set, the fleet wants the same variables: AMHRPD_API_TOKEN, AMHRPD_DEVICE_TOKEN.",
-    )
-    for field in msgspec.structs.fields(FleetPlan):
-        if (flag := flag_of(field.name)) is not None:
-            metavar = "S" if field.name.endswith("_s") else field.name.rpartition("_")[2].upper()
-            default = "" if field.default is None else f" [{field.default}]"
-            parser.add_argument(flag, dest=field.name, metavar=metavar, help=(help_of(field.type) + default).replace("%", "%%"))
-    return parser
+class Parser(argparse.ArgumentParser):
+    """A flag for each setting of a type. What can't be parsed raises ConfigError: one line, not the whole usage."""
 
+    def __init__(self, use: str, kind: type[msgspec.Struct], description: str) -> None:
+        fields = {field.name: field for field in msgspec.structs.fields(kind)}
+        flags = {name: flag for name in fields if (flag := flag_of(name)) is not None}
+        super().__init__(
+            prog=f"amhrpd.py {use}".rstrip(),
+            usage="%(prog)s [flags]",
+            description=description,
+            epilog=f"Only as variables: {', '.join(variable_of(name) for name in fields if name not in flags)}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name, flag in flags.items():
+            field = fields[name]
+            default = "" if field.default in (None, "") else str(field.default)
+            variable = variable_of(name) if kind is Settings else ""
+            notes = " ".join(filter(None, (variable, default and f"default {default}")))
+            text = f"{metadata_of(field.type, 'description')}; {requirement(field.type)}{notes and f' [{notes}]'}"
+            metavar = "S" if name.endswith("_s") else name.rpartition("_")[2].upper()
+            self.add_argument(flag, dest=name, metavar=metavar, help=text.replace("%", "%%"))
 
-def _complain(error: Exception) -> None:
-    """One line on stderr; under the journal with the priority that shows it as an error."""
-    priority = "<3>" if is_stderr_the_journal() else ""
-    print(f"{priority}amhrpd: {error}", file=sys.stderr)
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls for a flag or a word that it doesn't know."""
+        raise ConfigError(f"{message}; '{self.prog} --help' shows all flags")
 
 
 def _serve(words: Sequence[str]) -> int:
-    settings = Settings.load(vars(_serve_parser().parse_args(words)), os.environ)
+    parser = Parser("", Settings, f"Gateway for ESP32 boards: WebSocket for boards, REST for callers, SQLite.\n{USES}")
+    parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
+    settings = Settings.load(vars(parser.parse_args(words)), os.environ)
     configure_logging(settings.log_level, settings.log_format)
-    known = {variable_of(field.name) for field in msgspec.structs.fields(Settings)}
-    for name in sorted(os.environ):
-        if name.startswith("AMHRPD_") and name not in known:
-            log.warning("unknown_setting", variable=name)
     return asyncio.run(_until_signal(functools.partial(serve, settings)))
 
 
 def _simulate(words: Sequence[str]) -> int:
-    flags = vars(_simulate_parser().parse_args(words))
-    values: dict[str, Any] = {}
-    for field in msgspec.structs.fields(FleetPlan):
-        source = flag_of(field.name) or variable_of(field.name)
-        if text := flags.get(field.name) or os.environ.get(source):
-            values[field.name] = convert_setting(source, text, field.type)
-    return asyncio.run(_until_signal(Fleet(FleetPlan(**values)).play))
+    parser = Parser("simulate", FleetPlan, f"Play a fleet of boards against a running gateway.\n{USES}")
+    plan = FleetPlan(**read_settings(FleetPlan, vars(parser.parse_args(words)), os.environ))
+    return asyncio.run(_until_signal(Fleet(plan).play))
 
 
 async def _until_signal(run: Callable[[asyncio.Event], Awaitable[int]]) -> int:
@@ -4689,12 +4679,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["simulate"]:
             return _simulate(words[1:])
         return _serve(words[1:] if words[:1] == ["serve"] else words)
-    except ConfigError as error:
-        _complain(error)
-        return 2
-    except StartError as error:
-        _complain(error)
-        return 1
+    except (ConfigError, StartError) as error:
+        priority = "<3>" if is_stderr_the_journal() else ""
+        print(f"{priority}amhrpd: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

@@ -2490,18 +2490,34 @@ def test_start_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "text.db").read_text() == "just some notes\n"
 
 
+def test_variable_that_nobody_knows_ends_the_start_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    database = {"DATABASE_URL": f"sqlite:///{tmp_path}/fresh.db"}
+    for words in ((), ("serve",), ("simulate",)):
+        for wrong, meant in {"AMHRPD_TOKEN": "AMHRPD_API_TOKEN", "AMHRPD_PROT": "AMHRPD_PORT"}.items():
+            result = run(*words, **database, **{wrong: "token-of-callers"})
+            assert (result.returncode, result.stderr) == (2, f"amhrpd: {wrong} is no setting: did you mean {meant}?\n")
+    result = run("simulate", "--devices", "0", AMHRPD_PORT="no number", AMHRPD_LOG_LEVEL="loud")  # the gateway's own matter
+    assert result.stderr == "amhrpd: --devices is '0': it must be a whole number from 1 to 9999\n"
+
+
+def test_flag_that_nobody_knows_is_one_line() -> None:
+    for words, where in ((("--prot", "1"), "amhrpd.py"), (("simulate", "--prot", "1"), "amhrpd.py simulate")):
+        result = run(*words)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"amhrpd: unrecognized arguments: --prot 1; '{where} --help' shows all flags\n"
+
+
 @in_a_loop
-async def test_unknown_variables_are_warned_of_and_tokens_are_in_no_log(database: Path) -> None:
+async def test_tokens_are_in_no_log(database: Path) -> None:
     tokens = {"AMHRPD_API_TOKEN": "api-token-0815", "AMHRPD_DEVICE_TOKEN": "device-token-4711"}
-    async with process_on(database, AMHRPD_PROT="1", AMHRPD_LOG_LEVEL="debug", **tokens) as (process, client):
+    async with process_on(database, AMHRPD_LOG_LEVEL="debug", **tokens) as (process, client):
         await client.get("/devices", 401)
         await client.get("/devices", headers={"Authorization": "Bearer api-token-0815x"}, status=401)
         async with await connect(process.port, "a?token=device-token-4711") as board:
             await say(board, "registration", device_type="ESP32", note="device-token")
-        assert "unknown_setting" in process.log
-        assert "AMHRPD_PROT" in process.log
         process.popen.terminate()
         assert await process.exit_code() == 0
+        assert "listening" in process.log
         assert "api-token-0815" not in process.log
         assert "device-token-4711" not in process.log
 
