@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import asyncio.sslproto
 import base64
 import contextlib
 import csv
@@ -3881,8 +3882,7 @@ class RestApi:
 # Service
 # ======================================================================================================================
 
-# 1,000 boards and their callers, four times over; idle connections cost 10 KB each, so at most 40 MB.
-MAX_CONNECTIONS = 4096
+MAX_CONNECTIONS = 6000  # 5,000 boards and their callers; idle connections cost 10 KB each, so at most 60 MB
 RESERVED_FILES = 100  # of those the process may have open: for the database, the log, and what Python itself needs
 # Also bounds connections that never send a request or never finish its headers; callers reconnect when they poll slower.
 KEEPALIVE_TIMEOUT_S = 15.0
@@ -3894,6 +3894,8 @@ UPKEEP_INTERVAL_S = 1.0
 # Collections of the middle generation before a full one, five times as many as Python would wait for.
 FULL_COLLECTION_THRESHOLD = 50
 LISTEN_BACKLOG = 1024  # a whole fleet after a power cut; the kernel caps it at net.core.somaxconn
+SIOCGIFADDR = 0x8915  # netdevice(7); Python has no name for it
+MAX_SHOWN_ADDRESSES = 4  # containers and bridges have some, too
 
 # -- logging -----------------------------------------------------------------------------------------------------------
 
@@ -3901,7 +3903,8 @@ LISTEN_BACKLOG = 1024  # a whole fleet after a power cut; the kernel caps it at 
 class BackgroundHandler(logging.Handler):
     """Writes records to stderr in a thread of its own: a terminal or a journal that stalls must stop no robot.
 
-    Records over the limit are dropped, and how many is said when there is room again.
+    Records over the limit are dropped, and how many is said when there is room again. (logging.handlers.QueueListener
+    waits without a bound when it stops, and a StreamHandler's lock would hang the exit with it.)
     """
 
     MAX_WAITING = 10_000
@@ -3930,17 +3933,13 @@ class BackgroundHandler(logging.Handler):
             self._writer.join(self.CLOSE_TIMEOUT_S)
         super().close()
 
-    def _write(self, line: bytes) -> None:
-        while line:
-            written = self._stderr.write(line)
-            if written is None:  # somebody else made it non-blocking
-                select.select((), (self._stderr,), ())
-            line = line[written or 0 :]
-
     def _write_forever(self) -> None:
         while (record := self._waiting.get()) is not None:
             try:
-                self._write(self.format(record).encode("utf-8", "backslashreplace") + b"\n")
+                line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+                while line:
+                    select.select((), (self._stderr,), ())  # somebody else may have made it non-blocking
+                    line = line[self._stderr.write(line) or 0 :]
             except OSError:
                 pass  # who read it went away
             except Exception:  # noqa: BLE001 - a record that can't be rendered must not end the log
@@ -3977,6 +3976,15 @@ class Repeats:
         self._windows[key] = began_s, count + 1, event
         raise structlog.DropEvent
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """The same for a library's record, by its text before anything is put in. Our own came by as events."""
+        if not isinstance(record.msg, dict):
+            try:
+                self(None, "", {"event": str(record.msg), "problem": record.name, "level": record.levelname})
+            except structlog.DropEvent:
+                return False
+        return True
+
     def report(self, *, everything: bool = False) -> None:
         """Log the counts of the minutes that are over, or of all."""
         now_s = time.monotonic()
@@ -4007,37 +4015,29 @@ def configure_logging(level: str, log_format: str) -> None:
     """One line an event, on stderr, in `log_format`; the libraries' records go the same way."""
     if log_format == "auto":
         log_format = "journal" if is_stderr_the_journal() else "console" if sys.stderr.isatty() else "json"
+    renderers: dict[str, structlog.typing.Processor] = {
+        "console": structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        "journal": _render_for_journal,
+        "json": structlog.processors.JSONRenderer(ensure_ascii=False),
+    }
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    shared: list[structlog.typing.Processor] = [structlog.processors.format_exc_info]
+    shared: list[structlog.typing.Processor] = [structlog.processors.format_exc_info, _tame]
     if log_format != "journal":  # the journal stamps its lines itself
-        shared.append(stamp)
-    shared.append(_tame)
-    renderer: structlog.typing.Processor
-    match log_format:
-        case "console":
-            renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-        case "journal":
-            renderer = _render_for_journal
-        case _:
-            renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+        shared.insert(1, stamp)
     handler = BackgroundHandler()
+    handler.addFilter(repeats)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_log_level, *shared],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderers[log_format]],
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for library in ("asyncio", "aiohttp.websocket"):  # slow callbacks; subprotocols that boards offer
         logging.getLogger(library).setLevel(logging.ERROR)
+    first: list[structlog.typing.Processor] = [structlog.stdlib.filter_by_level, structlog.stdlib.add_log_level, repeats]
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.stdlib.add_log_level,
-            repeats,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
+        processors=[*first, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
@@ -4047,17 +4047,12 @@ def configure_logging(level: str, log_format: str) -> None:
 def _tame(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Cap what others wrote, and keep it in its line."""
     for key, value in event.items():
-        if isinstance(value, str) and key != "exception":
-            event[key] = _one_line(value)
-        elif isinstance(value, dict | list | tuple):
-            event[key] = _one_line(repr(value))
+        if isinstance(value, str | dict | list | tuple) and key != "exception":
+            text = value if isinstance(value, str) else repr(value)
+            if len(text) > _MAX_LOGGED_TEXT:
+                text = f"{text[:_MAX_LOGGED_TEXT]}… ({len(text)} characters)"
+            event[key] = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return event
-
-
-def _one_line(text: str) -> str:
-    if len(text) > _MAX_LOGGED_TEXT:
-        text = f"{text[:_MAX_LOGGED_TEXT]}… ({len(text)} characters)"
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 _render_fields = structlog.processors.LogfmtRenderer(bool_as_flag=False)
@@ -4082,43 +4077,23 @@ def open_files_limit() -> int:
 
 def raise_open_files_limit() -> None:
     """Ask for as many files as MAX_CONNECTIONS takes: shells allow 1,024, which 1,000 boards would just about use up."""
-    wanted = MAX_CONNECTIONS + RESERVED_FILES
+    wanted, (_, hard) = MAX_CONNECTIONS + RESERVED_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
     if open_files_limit() < wanted:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def _bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to the address, both families where the name or the wildcard has both. Raises StartError."""
-    sockets: list[socket.socket] = []
-    try:
-        if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
-            return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=LISTEN_BACKLOG)]
-        missing: OSError | None = None
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            try:
-                sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=LISTEN_BACKLOG))
-            except OSError as error:  # `localhost` names ::1 also where IPv6 is off
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error
-            else:
-                port = port or sockets[0].getsockname()[1]
-        if missing is not None and not sockets:
-            raise missing
-    except (OSError, UnicodeError) as error:
-        for bound in sockets:
-            bound.close()
-        match error:
-            case socket.gaierror(strerror=str(text)):
-                reason = text
-            case OSError(errno=int(number)):  # its own text says the address once more
-                reason = os.strerror(number)
-            case _:
-                reason = str(error)
-        raise StartError(f"can't listen on {host} port {port}: {reason}") from None
-    return sockets
+class LeanTls(asyncio.sslproto.SSLProtocol):
+    """asyncio's TLS for a fleet: 12 KB a board in place of 300, and nothing of a connection stays behind it."""
+
+    max_size = 16 * 1024  # a TLS record; asyncio would read 256 KiB at once, into a buffer for each connection
+
+    def _wakeup_waiter(self, exc: BaseException | None = None) -> None:
+        # A handshake that failed was closed by now. Its error would be kept in the frames of its own traceback, a
+        # cycle that holds the connection's buffers until a full collection.
+        super()._wakeup_waiter()
+        if exc is not None:
+            exc.__traceback__ = None
 
 
 def _no_password() -> str:
@@ -4128,78 +4103,81 @@ def _no_password() -> str:
 def _tls_context(settings: Settings) -> ssl.SSLContext | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
-    for path in (settings.tls_cert, settings.tls_key):
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise StartError(f"can't read {path}: {error.strerror}") from None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
+        for path in (settings.tls_cert, settings.tls_key):  # load_cert_chain names no file
+            path.open("rb").close()
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password=_no_password)
-    except (ssl.SSLError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise StartError(f"can't use the certificate {settings.tls_cert} with {settings.tls_key}: {reason}") from None
+    asyncio.sslproto.SSLProtocol = LeanTls  # type: ignore[misc] # asyncio has no argument for it
     return context
 
 
-# -- regular upkeep ----------------------------------------------------------------------------------------------------
+def let_in(server: web.Server, limit: int) -> web.RequestHandler:
+    """What serves a connection that arrives. Those over the limit are closed, and those that are in stay."""
+    return HttpConnection(
+        server,
+        is_full=len(server.connections) >= limit,
+        loop=asyncio.get_running_loop(),
+        access_log=None,  # none: the lines would cost more than the requests
+        keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+        lingering_time=LINGERING_TIME_S,
+        max_line_size=MAX_LINE_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+        auto_decompress=False,
+    )
 
 
-class Notifier:
-    """systemd's notification socket (sd_notify(3)); does nothing where there is none."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        """Read NOTIFY_SOCKET and WATCHDOG_USEC. `watchdog_s` is how long systemd waits for a ping, at the longest."""
-        address = environ.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        watchdog_usec = environ.get("WATCHDOG_USEC", "")
-        self.watchdog_s = (int(watchdog_usec) if watchdog_usec.isdecimal() else 0) / 1e6 or math.inf
-        self._status = ""
-        self._has_failed = False
-
-    def send(self, *assignments: str) -> None:
-        """Send one datagram of such assignments as READY=1."""
-        if self._address:
-            self._send("\n".join(assignments))
-
-    def send_status(self, text: str) -> None:
-        """Send what `systemctl status` shows, unless it shows that already."""
-        if self._address and text != self._status and self._send(f"STATUS={text}"):
-            self._status = text
-
-    def _send(self, datagram: str) -> bool:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
-                out.setblocking(False)
-                out.sendto(datagram.encode(), self._address)
-        except OSError as error:
-            if not self._has_failed:
-                log.warning("notify_failed", address=self._address, error=str(error))
-            self._has_failed = True
-            return False
-        self._has_failed = False
-        return True
+async def listen(settings: Settings, protocol: Callable[[], web.RequestHandler], **tls_options: Any) -> list[asyncio.Server]:
+    """Listen on every address that the host stands for and the machine has. Raises StartError."""
+    loop, port, servers = asyncio.get_running_loop(), settings.port, list[asyncio.Server]()
+    host = None if settings.host in ("0.0.0.0", "::") else settings.host  # None: every address of both families
+    missing = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for address in dict.fromkeys(str(info[4][0]) for info in found):
+            try:
+                server = await loop.create_server(protocol, address, port, backlog=LISTEN_BACKLOG, **tls_options)
+            except OSError as error:  # `localhost` names ::1 also where IPv6 is off
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+            else:
+                servers += [server] if server.sockets else []
+                port = port or servers[0].sockets[0].getsockname()[1]
+        if not servers:
+            raise missing
+    except (OSError, UnicodeError) as error:
+        for server in servers:
+            server.close()
+        # What asyncio says of a bind names the address once more; a resolver's number is no errno.
+        is_resolved = isinstance(error, OSError) and not isinstance(error, socket.gaierror)
+        reason = os.strerror(getattr(error, "errno", 0)) if is_resolved else getattr(error, "strerror", error)
+        raise StartError(f"can't listen on {settings.host} port {settings.port}: {reason}") from None
+    return servers
 
 
-class Upkeep:
-    """Everything that is due regularly. The watchdog's ping comes from here, so it shows that the loop turns."""
+def page_urls(scheme: str, servers: Sequence[asyncio.Server]) -> str:
+    """What to open in a browser: the page, at addresses that the machine has just now."""
+    shown: list[str] = []
+    for listener in itertools.chain.from_iterable(server.sockets for server in servers):
+        host, port, *_ = listener.getsockname()
+        hosts = own_addresses() if host == "0.0.0.0" else [] if host == "::" else [f"[{host}]" if ":" in host else host]
+        shown += [f"{scheme}://{host}:{port}/" for host in hosts]
+    return " ".join(shown[:MAX_SHOWN_ADDRESSES])
 
-    def __init__(self, gateway: Gateway, store: Store, notifier: Notifier) -> None:
-        self._gateway = gateway
-        self._store = store
-        self._notifier = notifier
 
-    async def run(self) -> NoReturn:
-        """Do it again and again."""
-        interval_s = min(UPKEEP_INTERVAL_S, self._notifier.watchdog_s / 3)
-        while True:
-            await self._gateway.sweep(interval_s)
-            repeats.report()
-            online, open_commands = len(self._gateway.registry.matching(is_online=True)), self._gateway.dispatch.commands.open
-            self._notifier.send_status(f"{online} devices online, {len(open_commands)} open commands")
-            if self._store.is_writer_alive:
-                self._notifier.send("WATCHDOG=1")
-            await asyncio.sleep(interval_s)
+def own_addresses() -> list[str]:
+    """The machine's IPv4 addresses; the loopback's if it has no other."""
+    found: list[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for interface in sorted(Path("/sys/class/net").iterdir()):  # if_nameindex() takes netlink, which the unit forbids
+            with contextlib.suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.name.encode()))
+                found.append(socket.inet_ntoa(answer[20:24]))
+    return [address for address in found if not address.startswith("127.")] or ["127.0.0.1"]
 
 
 # -- start and stop ----------------------------------------------------------------------------------------------------
@@ -4237,13 +4215,31 @@ def build_app(settings: Settings) -> web.Application:
     return app
 
 
-def _log_loop_error(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
-    """What asyncio can tell nobody else: tasks that failed unseen, and, a thousand times over, that no file is left."""
-    error, problem = context.get("exception"), context["message"]
-    if isinstance(error, OSError):
-        log.warning("network_trouble", problem=problem, error=str(error))
-    else:
-        log.error("loop_error", problem=problem, exc_info=error)
+def notify(*assignments: str) -> None:
+    """Tell systemd such assignments as READY=1 (sd_notify(3)), where it listens."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        address = "\0" + address[1:] if address.startswith("@") else address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.setblocking(False)
+                out.sendto("\n".join(assignments).encode(), address)
+        except OSError as error:
+            log.warning("notify_failed", problem=str(error))
+
+
+async def upkeep(gateway: Gateway, store: Store, urls: Callable[[], str]) -> NoReturn:
+    """Everything that is due regularly. The watchdog's ping comes from here, so it shows that the loop turns."""
+    watchdog_usec = os.environ.get("WATCHDOG_USEC", "")
+    watchdog_s = int(watchdog_usec) / 1e6 if watchdog_usec.isdecimal() else math.inf
+    interval_s = min(UPKEEP_INTERVAL_S, watchdog_s / 3)
+    while True:
+        await gateway.sweep(interval_s)
+        repeats.report()
+        online, open_commands = len(gateway.registry.matching(is_online=True)), len(gateway.dispatch.commands.open)
+        notify(f"STATUS={online} devices online, {open_commands} open commands; open {urls()}")
+        if store.is_writer_alive:
+            notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
 
 
 async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -4255,19 +4251,13 @@ async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
             raise result
 
 
-def let_in(server: web.Server, limit: int) -> web.RequestHandler:
-    """What serves a connection that arrives. Those over the limit are closed, and those that are in stay."""
-    return HttpConnection(
-        server,
-        is_full=len(server.connections) >= limit,
-        loop=asyncio.get_running_loop(),
-        access_log=None,  # none: the lines would cost more than the requests
-        keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-        lingering_time=LINGERING_TIME_S,
-        max_line_size=MAX_LINE_BYTES,
-        max_field_size=MAX_HEADER_BYTES,
-        auto_decompress=False,
-    )
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """What asyncio can tell nobody else: tasks that failed unseen, and, a thousand times over, that no file is left."""
+    error, problem = context.get("exception"), context["message"]
+    if isinstance(error, OSError):
+        log.warning("network_trouble", problem=problem, error=str(error))
+    else:
+        log.error("loop_error", problem=problem, exc_info=error)
 
 
 @contextlib.contextmanager
@@ -4302,43 +4292,32 @@ class Ending:
 
 async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
     """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError."""
-    notifier = Notifier(os.environ)
+    asyncio.get_running_loop().set_exception_handler(_log_loop_error)
     tls = _tls_context(settings)
-    sockets = _bind(settings.host, settings.port)
+    limit = min(MAX_CONNECTIONS, open_files_limit() - RESERVED_FILES)
+    if limit <= 0:
+        raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
     app = build_app(settings)
     runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
     ending = Ending()
     async with contextlib.AsyncExitStack() as stack:  # what comes first ends last
-        for listener in sockets:
-            stack.callback(listener.close)
         stack.push_async_callback(ending.step, "clean-up", runner.cleanup)
         await runner.setup()
         assert runner.server is not None
         stack.push_async_callback(ending.step, "goodbye", app[GATEWAY].stop)
-        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
-        limit = min(MAX_CONNECTIONS, open_files_limit() - RESERVED_FILES)
-        if limit <= 0:
-            raise StartError(f"only {open_files_limit()} files may be open (ulimit -n): too few to let anybody in")
-        for listener in sockets:
-            server = await asyncio.get_running_loop().create_server(
-                functools.partial(let_in, runner.server, limit),
-                sock=listener,
-                ssl=tls,
-                ssl_handshake_timeout=None if tls is None else TLS_HANDSHAKE_TIMEOUT_S,
-                backlog=LISTEN_BACKLOG,
-            )
+        tls_options = {"ssl": tls, "ssl_handshake_timeout": TLS_HANDSHAKE_TIMEOUT_S} if tls else {}
+        servers = await listen(settings, functools.partial(let_in, runner.server, limit), **tls_options)
+        for server in servers:
             stack.callback(server.close)
-        upkeep = Upkeep(app[GATEWAY], app[STORE], notifier)
         stack.enter_context(rare_collections())
-        tasks = [asyncio.create_task(upkeep.run()), asyncio.create_task(stop.wait())]
+        urls = functools.partial(page_urls, "https" if tls else "http", servers)
+        tasks = [asyncio.create_task(upkeep(app[GATEWAY], app[STORE], urls)), asyncio.create_task(stop.wait())]
         stack.push_async_callback(ending.step, "upkeep", functools.partial(end_tasks, tasks))
-        port = sockets[0].getsockname()[1]
-        database = str(settings.database_path.absolute())
-        log.info("listening", address=settings.host, port=port, tls=tls is not None, database=database)
-        notifier.send("READY=1")
-        on_ready(port)
+        log.info("listening", open=urls(), address=settings.host, database=str(settings.database_path.absolute()))
+        notify("READY=1")
+        on_ready(servers[0].sockets[0].getsockname()[1])
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        notifier.send("STOPPING=1", "STATUS=stopping")
+        notify("STOPPING=1", "STATUS=stopping")
         log.info("stopping", devices_online=len(app[GATEWAY].registry.matching(is_online=True)))
     repeats.report(everything=True)
     log.info("stopped", exit_code=ending.exit_code)

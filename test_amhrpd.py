@@ -2585,6 +2585,33 @@ async def test_ready_comes_when_health_answers_and_stopping_comes_first(database
 
 
 @in_a_loop
+async def test_it_says_what_to_open(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with NotifySocket(str(tmp_path / "notify")) as systemd, logged() as events:
+        for host in ("0.0.0.0", "127.0.0.1", "localhost"):
+            async with gateway_on(database, host=host) as client:
+                shown = named(events, "listening")[-1]["open"].split()
+                assert shown
+                for url in shown:
+                    async with client.session.get(url + "health") as response:
+                        assert response.status == 200
+                await eventually(lambda shown=shown: systemd.heard_since(0, f"open {shown[0]}"))  # type: ignore[misc]
+
+
+@in_a_loop
+async def test_library_that_repeats_itself_is_logged_once_a_minute(database: Path) -> None:
+    code = (
+        "import logging, amhrpd\n"
+        "amhrpd.configure_logging('info', 'json')\n"
+        "for number in range(50): logging.getLogger('aiohttp.server').error('failed %d', number, exc_info=ValueError())\n"
+        "amhrpd.repeats.report(everything=True)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=20, check=True)
+    first, counted = map(json.loads, result.stderr.splitlines())
+    assert (first["event"], "ValueError" in first["exception"], counted["repeats"]) == ("failed 0", True, 49)
+
+
+@in_a_loop
 async def test_watchdog_stops_when_the_loop_is_blocked(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
@@ -2977,6 +3004,37 @@ async def test_slow_question_about_history_holds_up_no_command(database: Path) -
             found = await reading
             sa.event.remove(sa.Engine, "before_cursor_execute", linger)
         assert found["total"] == 0
+
+
+@in_a_loop
+async def test_kills_at_any_moment_lose_no_answered_command(database: Path) -> None:
+    """Four of them: while it starts, twice while it works, and while it stops."""
+    taken: list[str] = []
+
+    async def order(client: Client) -> None:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, AssertionError):
+                answer = await client.post("/command?device_type=none&command_name=x")
+                if answer.get("persisted", True):
+                    taken.append(answer["command_id"])
+            await asyncio.sleep(0)
+
+    for moment in ("starting", "working", "working", "stopping"):
+        process = Process(database, free_port(), {})
+        async with aiohttp.ClientSession() as session, background(order(Client(process.port, session, database))):
+            if moment == "starting":
+                await eventually(database.exists)
+            else:
+                count = len(taken)
+                await eventually(lambda count=count: len(taken) > count + 50)  # type: ignore[misc]
+                if moment == "stopping":
+                    process.popen.terminate()
+            process.popen.kill()
+            await process.exit_code()
+    stored = {command_id for (command_id,) in rows_of(database, "SELECT command_id FROM command_logs")}
+    assert len(taken) > 150
+    assert set(taken) <= stored
+    assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
 
 
 @in_a_loop
@@ -3833,6 +3891,53 @@ async def test_tls(database: Path, tmp_path: Path) -> None:
                 assert (await response.json())["status"] == "ack_success"
         with pytest.raises(aiohttp.ClientError):
             await client.session.get(f"http://127.0.0.1:{client.port}/health")
+
+
+def memory_kb(pid: int) -> int:
+    """What the process takes of the machine's memory (VmRSS)."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
+
+
+@in_a_loop
+async def test_tls_takes_little_memory_and_leaves_none_behind(database: Path, tmp_path: Path) -> None:
+    """asyncio would take 300 KB a connection, and keep those whose handshake failed."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make_certificate(cert, key, "-nodes")
+    context = ssl.create_default_context(cafile=str(cert))
+    port = free_port()
+    process = Process(database, port, {"AMHRPD_TLS_CERT": str(cert), "AMHRPD_TLS_KEY": str(key)})
+
+    async def is_closed(connection: socket.socket) -> bool:
+        return await asyncio.get_running_loop().sock_recv(connection, 1) == b""
+
+    try:
+        await eventually(lambda: "listening" in process.log)
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def board(number: int) -> None:
+                url = f"wss://127.0.0.1:{port}/ws/b{number}"
+                options: dict[str, Any] = {"ssl": context, "proxy": None, "compression": None, "ping_interval": None}
+                connection = await stack.enter_async_context(websockets.connect(url, **options))
+                await say(connection, "registration", device_type="ESP32")
+
+            await board(0)
+            before_kb = memory_kb(process.popen.pid)
+            for number in range(1, 61):
+                await board(number)
+            assert (memory_kb(process.popen.pid) - before_kb) / 60 < 90
+            before_kb = memory_kb(process.popen.pid)
+            for _ in range(3):
+                silent = [connected_to(port) for _ in range(200)]
+                for connection in silent:
+                    connection.shutdown(socket.SHUT_WR)
+                assert all(await asyncio.gather(*map(is_closed, silent)))
+                for connection in silent:
+                    connection.close()
+            assert memory_kb(process.popen.pid) - before_kb < 25_000
+        assert "Traceback" not in process.log
+    finally:
+        process.popen.kill()
+        process.popen.wait()
 
 
 # ======================================================================================================================
