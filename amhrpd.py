@@ -3472,16 +3472,16 @@ class StateSheet(Sheet):
 class Metrics:
     """What `GET /metrics` shows, collected when it is asked for: nobody counts but with plain numbers where it happens."""
 
-    GAUGES: ClassVar[Mapping[str, str]] = {
+    FIGURES: ClassVar[Mapping[str, str]] = {
         "devices_online": "Devices that are online.",
         "devices_total": "Devices that are known.",
+        "connections": "WebSocket connections.",
         "open_commands": "Commands that wait for answers.",
         "uptime_seconds": "Since the start.",
-        "rows_waiting": "Rows that are not in the database yet.",
+        "database_ok": "1 where the database can be written.",
         "database_bytes": "Size of the database file.",
         "disk_free_bytes": "Free space beside the database.",
-    }
-    COUNTERS: ClassVar[Mapping[str, str]] = {
+        "rows_waiting": "Rows that are not in the database yet.",
         "rows_dropped": "Rows that were dropped because too many waited.",
         "rows_rejected": "Rows that the database refused.",
     }
@@ -3492,24 +3492,18 @@ class Metrics:
 
     def collect(self) -> Iterator[prometheus.Metric]:
         """What prometheus_client calls for an answer."""
-        gateway, dispatch, health = self._gateway, self._gateway.dispatch, self._gateway.health()
-        for name, text in self.GAUGES.items():
-            if name in health:
-                yield prometheus.GaugeMetricFamily(f"amhrpd_{name}", text, health[name])
-        for name, text in self.COUNTERS.items():
-            yield prometheus.CounterMetricFamily(f"amhrpd_{name}", text, health[name])
-        is_writable = float(health["status"] == "ok")
-        yield prometheus.GaugeMetricFamily("amhrpd_database_ok", "1 where the database can be written.", is_writable)
-        yield prometheus.GaugeMetricFamily("amhrpd_connections", "WebSocket connections.", len(gateway.connections))
-        yield self._counts(
-            "messages",
-            "Messages of boards that were accepted.",
-            "type",
-            {str(kind.__struct_config__.tag): count for kind, count in gateway.messages.items()},
-        )
+        gateway, health = self._gateway, self._gateway.health()
+        values = health | {"connections": len(gateway.connections), "database_ok": health["status"] == "ok"}
+        for name, text in self.FIGURES.items():
+            is_counter = name in ("rows_dropped", "rows_rejected")
+            kind = prometheus.CounterMetricFamily if is_counter else prometheus.GaugeMetricFamily
+            if name in values:
+                yield kind(f"amhrpd_{name}", text, float(values[name]))
+        messages = {str(kind.__struct_config__.tag): count for kind, count in gateway.messages.items()}
+        yield self._counts("messages", "Messages of boards that were accepted.", "type", messages)
         yield self._counts("refusals", "Messages and requests that were refused.", "code", gateway.refused)
-        yield self._counts("commands", "Commands that ended.", "status", dispatch.ended)
-        for histogram in (dispatch.answer_seconds, self._store.commit_seconds, gateway.loop_late_s):
+        yield self._counts("commands", "Commands that ended.", "status", gateway.dispatch.ended)
+        for histogram in (gateway.dispatch.answer_seconds, self._store.commit_seconds, gateway.loop_late_s):
             yield from histogram.collect()
 
     def _counts(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> prometheus.Metric:
@@ -3850,9 +3844,9 @@ class RestApi:
         response.headers.update(self._cors_headers(request))
         await response.prepare(request)
         sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
-        await response.write(csv_lines([sheet.header]))
         left = query.limit
         try:
+            await response.write(csv_lines([sheet.header]))
             while rows:
                 for start in range(0, len(rows), CSV_TURN_ROWS):
                     await response.write(csv_lines(map(sheet.cells, rows[start : start + CSV_TURN_ROWS])))
@@ -3864,6 +3858,8 @@ class RestApi:
             log.warning("download_cut_off", peer=peer_of(request), path=request.path, error=str(error))
             if request.transport is not None:
                 request.transport.abort()
+        except ConnectionError:
+            pass  # the caller went
         return response
 
     async def metrics(self, request: web.Request) -> web.Response:

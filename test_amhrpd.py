@@ -1749,6 +1749,23 @@ async def test_csv_goes_through_pages_that_new_rows_do_not_shift(database: Path,
 
 
 @in_a_loop
+async def test_caller_that_gives_up_a_download_is_no_defect(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
+    with logged() as events:
+        async with gateway_on(database) as client, client.board("a") as board:
+            for number in range(300):
+                await say(board, "status", payload={"seq": number, "text": "x" * 30_000})
+            await eventually(lambda: client.gateway.messages[amhrpd.Status] == 300)
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
+            writer.write(b"GET /state-history/a?format=csv&limit=300 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.transport.abort()
+            await eventually(lambda: len(client.server.connections) <= 2)  # the board's and the session's
+            assert await client.is_up()
+        assert not named(events, "request_failed")
+
+
+@in_a_loop
 async def test_download_that_cannot_go_on_is_cut_off_visibly(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
     async with gateway_on(database) as client, client.board("a") as board:
