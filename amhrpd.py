@@ -2602,7 +2602,8 @@ class Dispatch:
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
         was_open, was_complete = command.is_open, command.completed_at is not None
         if self.commands.record_answer(command, device.device_id, message):
-            self.ended[command.status] += was_open and not command.is_open
+            if was_open and not command.is_open:
+                self.ended[command.status] += 1
             if command.completed_at is not None and not was_complete and command.recipients is not None:
                 self.answer_seconds.observe(time.monotonic() - command.began_s)
             self._save(command)

@@ -1841,6 +1841,8 @@ async def test_metrics_count_what_happened(database: Path) -> None:
     ):
         assert found[positive, ""] > 0
     assert ("amhrpd_rows_waiting", "") in found
+    ended = {label for name, label in found if name == "amhrpd_commands_total"}
+    assert ended == {"no_devices", "ack_success", "ack_error", "ack_timeout"}
     assert (after["amhrpd_devices_online", ""], after["amhrpd_devices_total", ""]) == (0, 3)
 
 
