@@ -3467,6 +3467,40 @@ class StateSheet(Sheet):
         return state if isinstance(state, dict) else {"other": state}  # the earlier backend left there what it liked
 
 
+Reader = Callable[..., Awaitable[list[Row]]]
+"""What gives up to `limit` rows that match filters, newest first."""
+
+
+async def send_csv(
+    request: web.Request, query: HistoryQuery | CommandLogsQuery, read: Reader, headers: Mapping[str, str]
+) -> web.StreamResponse:
+    """The rows that a query wants as a download, written out as they are read."""
+    rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
+    response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}.csv"'})
+    response.content_type, response.charset = "text/csv", "utf-8"
+    response.headers.update(headers)
+    await response.prepare(request)
+    sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
+    left = query.limit
+    try:
+        await response.write(csv_lines([sheet.header]))
+        while rows:
+            for start in range(0, len(rows), CSV_TURN_ROWS):
+                await response.write(csv_lines(map(sheet.cells, rows[start : start + CSV_TURN_ROWS])))
+                await asyncio.sleep(0)
+            left -= len(rows)
+            last, rows = rows[-1], []  # one page in memory at a time
+            rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
+    except GatewayError as error:  # the caller must see that this isn't all
+        log.warning("download_cut_off", peer=peer_of(request), path=request.path, error=str(error))
+        if request.transport is not None:
+            request.transport.abort()
+    except ConnectionError:
+        pass  # the caller went
+    return response
+
+
 # -- figures for Prometheus --------------------------------------------------------------------------------------------
 
 
@@ -3831,37 +3865,14 @@ class RestApi:
         self,
         request: web.Request,
         query: HistoryQuery | CommandLogsQuery,
-        read: Callable[..., Awaitable[list[Row]]],
+        read: Reader,
         **about: str,
     ) -> web.StreamResponse:
         """The rows of a history, newest first: JSON with what they are about, or CSV as it is read."""
         if query.format == "json":
             rows = await read(query.limit, **query.filters())
             return json_response({**about, "total": len(rows), query.rows_name: rows})
-        rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
-        name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
-        response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}.csv"'})
-        response.content_type, response.charset = "text/csv", "utf-8"
-        response.headers.update(self._cors_headers(request))
-        await response.prepare(request)
-        sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
-        left = query.limit
-        try:
-            await response.write(csv_lines([sheet.header]))
-            while rows:
-                for start in range(0, len(rows), CSV_TURN_ROWS):
-                    await response.write(csv_lines(map(sheet.cells, rows[start : start + CSV_TURN_ROWS])))
-                    await asyncio.sleep(0)
-                left -= len(rows)
-                last, rows = rows[-1], []  # one page in memory at a time
-                rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
-        except GatewayError as error:  # the caller must see that this isn't all
-            log.warning("download_cut_off", peer=peer_of(request), path=request.path, error=str(error))
-            if request.transport is not None:
-                request.transport.abort()
-        except ConnectionError:
-            pass  # the caller went
-        return response
+        return await send_csv(request, query, read, self._cors_headers(request))
 
     async def metrics(self, request: web.Request) -> web.Response:
         """`GET /metrics`."""
