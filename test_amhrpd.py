@@ -2989,7 +2989,7 @@ async def test_slow_question_about_history_holds_up_no_command(database: Path) -
         is_reading, may_end = threading.Event(), threading.Event()
 
         def linger(*_: Any) -> None:
-            if threading.current_thread().name.startswith("store-reader"):
+            if threading.current_thread().name.startswith("store-reader") and not is_reading.is_set():
                 is_reading.set()
                 may_end.wait(PATIENCE_S)
 
@@ -2999,6 +2999,7 @@ async def test_slow_question_about_history_holds_up_no_command(database: Path) -
             await eventually(is_reading.is_set)
             answer = await client.post("/command?device_id=a&command_name=x&wait=5")
             assert (answer["status"], answer.get("persisted", True)) == ("ack_success", True)
+            assert (await client.get("/command-logs"))["total"] == 1  # nor a question that is cheap
         finally:
             may_end.set()
             found = await reading
