@@ -9,7 +9,7 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Configuration   Settings, from flags and environment
     Errors          what can be refused, and how what repeats itself is logged
     Messages        what boards and callers send, decoded and validated in one step
-    Store           the four tables, the file, one writer thread, one reader thread
+    Store           the four tables, the file, one writer thread, a few reader threads
     Devices         the registry: every device known, the connections of those online
     Commands        the commands that are open or may still be answered
     Events          who listens to what happens
@@ -144,6 +144,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float, seconds(1, 300, "seconds that boards have to answer a command that names no timeout")
     ] = 30.0
     commit_interval_s: Annotated[float, seconds(0, 3600, "telemetry is written at most once in so many seconds")] = 1.0
+    keep_days: Annotated[int, msgspec.Meta(ge=0, le=36500, description="days that history is kept; 0 is for ever")] = 0
+    min_free_mb: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=1000000, description="MB to leave free on the disk: below, the oldest rows make room; 0 is off"),
+    ] = 512
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1048576, description="longest message taken from a board")] = (
         65536
     )
@@ -597,47 +602,42 @@ def format_time(moment: datetime | None) -> str | None:
 # Store
 # ======================================================================================================================
 
+Row = dict[str, Any]
+TableName = Literal["devices", "device_state_snapshots", "command_logs", "device_connection_logs"]
+
 # The tables of the databases in the field (contract, section 7). SQLite keeps DATETIME and JSON as text, and so do rows here:
 # times as `stored_time` writes them, JSON encoded where it came in.
+TABLES: Mapping[TableName, str] = {
+    "devices": """device_id VARCHAR(255) NOT NULL PRIMARY KEY, device_type VARCHAR(50) NOT NULL, is_online BOOLEAN NOT NULL,
+        last_heartbeat DATETIME, connected_at DATETIME NOT NULL, disconnected_at DATETIME, metadata_json JSON NOT NULL""",
+    "device_state_snapshots": """id INTEGER NOT NULL PRIMARY KEY,
+        device_id VARCHAR(255) NOT NULL REFERENCES devices (device_id), device_type VARCHAR(50) NOT NULL,
+        state_data JSON NOT NULL, timestamp DATETIME NOT NULL""",
+    "command_logs": """command_id VARCHAR(255) NOT NULL PRIMARY KEY, device_type VARCHAR(50) NOT NULL,
+        command_name VARCHAR(255) NOT NULL, payload JSON NOT NULL, status VARCHAR(50) NOT NULL, created_at DATETIME NOT NULL,
+        executed_at DATETIME, completed_at DATETIME, response_data JSON, target_device_count INTEGER NOT NULL,
+        success_count INTEGER NOT NULL""",
+    "device_connection_logs": """id INTEGER NOT NULL PRIMARY KEY,
+        device_id VARCHAR(255) NOT NULL REFERENCES devices (device_id), device_type VARCHAR(50) NOT NULL,
+        event VARCHAR(50) NOT NULL, timestamp DATETIME NOT NULL, details JSON""",
+}
+COLUMNS = {table: {part.split()[0]: part.split()[1] for part in text.split(",")} for table, text in TABLES.items()}
+"""Table -> column -> type."""
 SCHEMA = (
-    """CREATE TABLE IF NOT EXISTS devices (
-        device_id VARCHAR(255) NOT NULL PRIMARY KEY, device_type VARCHAR(50) NOT NULL, is_online BOOLEAN NOT NULL,
-        last_heartbeat DATETIME, connected_at DATETIME NOT NULL, disconnected_at DATETIME, metadata_json JSON NOT NULL)""",
-    """CREATE TABLE IF NOT EXISTS device_state_snapshots (
-        id INTEGER NOT NULL PRIMARY KEY, device_id VARCHAR(255) NOT NULL REFERENCES devices (device_id),
-        device_type VARCHAR(50) NOT NULL, state_data JSON NOT NULL, timestamp DATETIME NOT NULL)""",
-    """CREATE TABLE IF NOT EXISTS command_logs (
-        command_id VARCHAR(255) NOT NULL PRIMARY KEY, device_type VARCHAR(50) NOT NULL, command_name VARCHAR(255) NOT NULL,
-        payload JSON NOT NULL, status VARCHAR(50) NOT NULL, created_at DATETIME NOT NULL, executed_at DATETIME,
-        completed_at DATETIME, response_data JSON, target_device_count INTEGER NOT NULL, success_count INTEGER NOT NULL)""",
-    """CREATE TABLE IF NOT EXISTS device_connection_logs (
-        id INTEGER NOT NULL PRIMARY KEY, device_id VARCHAR(255) NOT NULL REFERENCES devices (device_id),
-        device_type VARCHAR(50) NOT NULL, event VARCHAR(50) NOT NULL, timestamp DATETIME NOT NULL, details JSON)""",
+    *(f"CREATE TABLE IF NOT EXISTS {table} ({columns})" for table, columns in TABLES.items()),
     # Ordered by what happened last, with the timestamp aboard so that `since` and `until` are decided in the index.
     "CREATE INDEX IF NOT EXISTS ix_amhrpd_snapshots ON device_state_snapshots (device_id, id, timestamp)",
     "CREATE INDEX IF NOT EXISTS ix_amhrpd_events ON device_connection_logs (device_id, id, timestamp)",
     "CREATE INDEX IF NOT EXISTS ix_amhrpd_commands_status ON command_logs (status)",
     "CREATE INDEX IF NOT EXISTS ix_amhrpd_commands_type ON command_logs (device_type)",
 )
-SCHEMA_VERSION = 1  # PRAGMA user_version; the earlier backend's files have 0
-
-Row = dict[str, Any]
-TableName = Literal["devices", "device_state_snapshots", "command_logs", "device_connection_logs"]
-COLUMNS: Mapping[TableName, tuple[str, ...]] = {
-    "devices": (
-        *("device_id", "device_type", "is_online", "last_heartbeat", "connected_at", "disconnected_at", "metadata_json"),
-    ),
-    "device_state_snapshots": ("id", "device_id", "device_type", "state_data", "timestamp"),
-    "command_logs": (
-        *("command_id", "device_type", "command_name", "payload", "status", "created_at", "executed_at", "completed_at"),
-        *("response_data", "target_device_count", "success_count"),
-    ),
-    "device_connection_logs": ("id", "device_id", "device_type", "event", "timestamp", "details"),
+HISTORIES: Mapping[TableName, tuple[str, str]] = {
+    "device_state_snapshots": ("timestamp", "true"),
+    "device_connection_logs": ("timestamp", "true"),
+    "command_logs": ("created_at", "status NOT IN ('created', 'sent')"),
 }
-JSON_COLUMNS = frozenset({"metadata_json", "state_data", "payload", "response_data", "details"})
-TIME_COLUMNS = frozenset(
-    {"last_heartbeat", "connected_at", "disconnected_at", "timestamp", "created_at", "executed_at", "completed_at"}
-)
+"""What is deleted when it is old, in the order in which it makes room: its time, and the condition that a row may go."""
+SCHEMA_VERSION = 1  # PRAGMA user_version; the earlier backend's files have 0
 
 IN_THE_FILE = "null"  # as a device's metadata: leave what the file has
 
@@ -720,10 +720,8 @@ def read_json(stored: object) -> JsonText:
     if stored is None:
         return "null"
     text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
-    try:
+    with contextlib.suppress(msgspec.DecodeError, UnicodeError, RecursionError):
         return to_json(json_decoder.decode(text))
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        pass
     try:
         value = json.loads(text, parse_constant=lambda name: None, parse_float=finite_or_none)
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
@@ -731,14 +729,42 @@ def read_json(stored: object) -> JsonText:
         return json.dumps(text)  # shown as the text that it is
 
 
+def readable(table: TableName, row: Row, of_time: Callable[[datetime | None], Any], of_json: Callable[[JsonText], Any]) -> Row:
+    """A row of the contract's columns, its times and its JSON (NULL stays None) turned into what is wanted of them."""
+    found: Row = {}
+    for name, kind in COLUMNS[table].items():
+        found[name] = value = row[name]
+        if kind == "DATETIME":
+            found[name] = of_time(read_time(value))
+        elif kind == "JSON" and value is not None:
+            found[name] = of_json(read_json(value))
+    return found
+
+
 def presentable(table: TableName, row: Row) -> Row:
     """A row as answers show it: the contract's columns, times as text, JSON as it is."""
-    shown: Row = {name: row[name] for name in COLUMNS[table]}
-    for name in shown.keys() & TIME_COLUMNS:
-        shown[name] = format_time(read_time(shown[name]))
-    for name in shown.keys() & JSON_COLUMNS:
-        shown[name] = None if shown[name] is None else raw(read_json(shown[name]))
-    return shown
+    return readable(table, row, format_time, raw)
+
+
+def restorable(table: TableName, row: Row) -> Row:
+    """A row as Restored has it: times as times, JSON as text, and nothing missing that is needed."""
+    found = readable(table, row, lambda time: time, lambda text: text)
+    if table == "devices":
+        found["device_type"] = found["device_type"] or ""
+        found["connected_at"] = found["connected_at"] or found["last_heartbeat"] or utc_now()
+        found["metadata_json"] = "{}" if found["metadata_json"] in (None, IN_THE_FILE) else found["metadata_json"]
+        found |= {"state": None, "state_timestamp": None}
+    elif table == "command_logs":
+        found["payload"] = found["payload"] or "null"
+    return found
+
+
+class LenientConnection(sqlite3.Connection):
+    """A connection that reads text of a damaged or foreign writer as well as it goes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
 
 
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
@@ -761,9 +787,8 @@ def is_corruption(error: BaseException) -> bool:
 
 def is_lack_of_room(error: BaseException) -> bool:
     """Whether a full disk would explain it. SQLite says so or, where a shared-memory file can't grow, "I/O error"."""
-    number = error.errno if isinstance(error, OSError) else None
     is_full = sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-    return is_full or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return is_full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def is_fault_of_a_row(error: BaseException) -> bool:
@@ -780,8 +805,33 @@ def cause_of(error: BaseException) -> str:
     return f"{text} ({name})" if name else text
 
 
-class FileMoved(Exception):
-    """Somebody moved, removed or replaced the file since it was locked."""
+def quick_check(connection: sqlite3.Connection) -> str | None:
+    """What SQLite finds broken in a file, or None. Raises OSError where it couldn't be read, which says nothing of it."""
+    result = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    code = re.search(r"error code=(\d+)", result)
+    if code is not None and int(code[1]) & 0xFF == sqlite3.SQLITE_IOERR:
+        raise OSError(errno.EIO, f"{os.strerror(errno.EIO)} ({result})")
+    return None if result == "ok" else result
+
+
+def check_schema(path: Path, connection: sqlite3.Connection) -> None:
+    """Raise StartError where a file's tables are none of ours, or not as rows can be written to them."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > SCHEMA_VERSION:
+        raise StartError(f"{path} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
+    kinds = dict(connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')").fetchall())
+    if kinds and not kinds.keys() & COLUMNS.keys():
+        raise StartError(f"{path} is no database of this gateway: it has the tables {', '.join(sorted(kinds))}")
+    for table in kinds.keys() & COLUMNS.keys():
+        if kinds[table] == "view":
+            raise StartError(f"{path} can't be used: {table} is a view")
+        found = connection.execute(f"PRAGMA table_info({table})").fetchall()
+        if missing := COLUMNS[table].keys() - {name for _, name, *_ in found}:
+            raise StartError(f"{path} is no database of this gateway: {table} has no column {', '.join(sorted(missing))}")
+        for _, name, _, is_required, default, _ in found:
+            if is_required and default is None and name not in COLUMNS[table]:
+                what = "that was added, must not be null and has no default"
+                raise StartError(f"{path} can't be used: {table} has a column {name} {what}")
 
 
 class LockedFile:
@@ -814,18 +864,17 @@ class LockedFile:
         """
         if self._lock_fd is not None:
             return False
-        lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self._lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            if not stat.S_ISREG(os.fstat(lock_fd).st_mode):
+            if not stat.S_ISREG(os.fstat(self._lock_fd).st_mode):
                 raise StartError(f"the database {self.path} is no regular file")
             # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException as error:
-            os.close(lock_fd)
+            self.unlock()
             if isinstance(error, BlockingIOError):
                 raise StartError(f"the database {self.path} is in use by another gateway") from None
             raise
-        self._lock_fd = lock_fd
         return True
 
     def unlock(self) -> None:
@@ -841,14 +890,15 @@ class LockedFile:
         except FileNotFoundError:
             return False
 
-    def take_log_along(self) -> Path | None:
-        """Bring the write-ahead log to where the file went, before SQLite replays it over what lies at the path now: it has no
-        name of its file in it. Returns where that is, None where the file is gone and its log with it.
+    def leave(self, disconnect: Callable[[], None]) -> None:
+        """Let go of a file that was moved, with its write-ahead log, before SQLite replays that over what lies at the path now:
+        it has no name of its file in it. What was written to a file must be in that file.
         """
         assert self._lock_fd is not None
         moved_to = Path(f"/proc/self/fd/{self._lock_fd}").readlink()
         is_there = moved_to.exists() and os.path.samestat(moved_to.stat(), os.fstat(self._lock_fd))
-        if self._is_open_here(log_path := self.beside("-wal")):
+        log_path = self.beside("-wal")
+        if log_path.exists() and any(fd.exists() and fd.samefile(log_path) for fd in Path("/proc/self/fd").iterdir()):
             if is_there:
                 log_path.rename(moved_to.with_name(moved_to.name + "-wal"))
             else:
@@ -857,17 +907,15 @@ class LockedFile:
         self.is_doubted = False
         self.notice = f"{self.path} was deleted or replaced while it was in use: what is there now goes on"
         log.error("database_replaced", path=str(self.path), moved_to=str(moved_to) if is_there else None)
-        return moved_to if is_there else None
+        disconnect()
+        self.unlock()
+        if is_there:
+            with contextlib.closing(sqlite3.connect(moved_to, timeout=LOCK_TIMEOUT_S)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def _is_open_here(self, path: Path) -> bool:
-        for descriptor in Path("/proc/self/fd").iterdir():
-            with contextlib.suppress(OSError):
-                if os.path.samestat(path.stat(), descriptor.stat()):
-                    return True
-        return False
-
-    def move_aside_if_damaged(self) -> bool:
-        """Look at the file and, where it is damaged, move it aside and lock a fresh one. True where that was so.
+    def move_aside_if_damaged(self, *, is_new: bool) -> bool:
+        """Look at the file, as a whole where it is new here or doubted and, where it is damaged, move it aside and lock a fresh
+        one. True where that was so.
 
         Only what a second look finds as well, in a file that can be read from end to end, is believed: one read error is
         reported as damage, too. Raises StartError for a file that is none of ours, sqlite3.Error, OSError.
@@ -876,7 +924,7 @@ class LockedFile:
             start = file.read(len(self.MAGIC))
         if start and start != self.MAGIC:
             raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
-        damage = self._look(is_whole=self.is_doubted or not self.is_large) if start else None
+        damage = self._look(is_whole=self.is_doubted or (is_new and not self.is_large)) if start else None
         if damage is not None:
             for path in (self.path, self.beside("-wal")):
                 if path.exists():
@@ -896,129 +944,142 @@ class LockedFile:
         log.error("database_corrupt", damage=damage, moved_to=str(aside))
         return self.lock()
 
-    def _look(self, *, is_whole: bool) -> str | None:
+    def _look(self, *, is_whole: bool, is_over: Callable[[], bool] | None = None) -> str | None:
         with contextlib.closing(sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S)) as connection:
+            connection.set_progress_handler(is_over, 10_000)
             try:
-                self.check_schema(connection)
+                check_schema(self.path, connection)
                 return quick_check(connection) if is_whole else None
             except sqlite3.DatabaseError as error:
                 if is_corruption(error):
                     return str(error)
                 raise
 
-    def check_schema(self, connection: sqlite3.Connection) -> None:
-        """Raise StartError where the tables are none of ours, or not as rows can be written to them."""
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StartError(f"{self.path} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
-        kinds = dict(connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')").fetchall())
-        if kinds and not kinds.keys() & COLUMNS.keys():
-            raise StartError(f"{self.path} is no database of this gateway: it has the tables {', '.join(sorted(kinds))}")
-        for table, ours in COLUMNS.items():
-            if kinds.get(table) == "view":
-                raise StartError(f"{self.path} can't be used: {table} is a view")
-            found = connection.execute(f"PRAGMA table_info({table})").fetchall()
-            if found and (missing := set(ours) - {name for _, name, *_ in found}):
-                raise StartError(
-                    f"{self.path} is no database of this gateway: {table} has no column {', '.join(sorted(missing))}"
-                )
-            for _, name, _, is_required, default, _ in found:
-                if is_required and default is None and name not in ours:
-                    raise StartError(
-                        f"{self.path} can't be used: {table} has a column {name} that was added, must not be null and has no "
-                        "default"
-                    )
-
-    def check(self, is_cancelled: Callable[[], bool]) -> None:
+    def check(self, is_over: Callable[[], bool]) -> None:
         """Look for damage in the whole file while it is in use: minutes, for a large one. For a thread of its own."""
-        try:
-            with contextlib.closing(sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S)) as connection:
-                connection.set_progress_handler(is_cancelled, 10_000)
-                self.is_doubted |= quick_check(connection) is not None
-        except OSError:
-            pass  # what reads and writes the file will say so
-        except sqlite3.DatabaseError as error:
-            self.is_doubted |= is_corruption(error)
+        with contextlib.suppress(*STORE_ERRORS, StartError):  # what reads and writes the file will say so
+            self.is_doubted |= self._look(is_whole=True, is_over=is_over) is not None
 
 
-def quick_check(connection: sqlite3.Connection) -> str | None:
-    """What SQLite finds broken in a file, or None. Raises OSError where it couldn't be read, which says nothing of it."""
-    result = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
-    code = re.search(r"error code=(\d+)", result)
-    if code is not None and int(code[1]) & 0xFF == sqlite3.SQLITE_IOERR:
-        raise OSError(errno.EIO, f"{os.strerror(errno.EIO)} ({result})")
-    return None if result == "ok" else result
+# -- what the last run left --------------------------------------------------------------------------------------------
+
+RESTORED_DEVICES = 10_000  # as many as are kept in memory
+RESTORED_CLOSED_COMMANDS = 1000  # the latest that still lack answers
+RESTORED_BYTES = 8 << 20  # of the devices' contents and as many of the commands', so that a start takes no more than a run
+
+
+def end_last_run(tables: Any, online: Collection[str]) -> None:
+    """Whatever the file says is online is not, but for `online`: its device row and its connection history say so."""
+    now = stored_time(utc_now())
+    latest = "SELECT event FROM device_connection_logs h WHERE h.device_id = d.device_id ORDER BY id DESC LIMIT 1"
+    said_online = f"SELECT device_id, device_type FROM devices d WHERE is_online OR ({latest}) = '{CONNECTED}'"
+    left = [row for row in tables.query(said_online) if row["device_id"] not in online]
+    details = to_json({"reason": "the gateway ended without saying goodbye"})
+    ended = {"event": DISCONNECTED, "timestamp": now, "details": details}
+    offline = {"is_online": False, "disconnected_at": now}
+    tables["devices"].update_many([{"device_id": row["device_id"]} | offline for row in left], ["device_id"])
+    tables["device_connection_logs"].insert_many(
+        [{"device_id": row["device_id"], "device_type": row["device_type"] or ""} | ended for row in left]
+    )
+
+
+def load_devices(tables: Any) -> list[Row]:
+    """Those that were seen last, RESTORED_DEVICES of them, with metadata (None beyond) and states of RESTORED_BYTES."""
+    room_bytes = RESTORED_BYTES
+    devices: dict[str, Row] = {}
+    for row in tables["devices"].find(order_by="-last_heartbeat", _limit=RESTORED_DEVICES, _step=20):
+        device = devices[row["device_id"]] = restorable("devices", row)
+        room_bytes -= len(device["metadata_json"])
+        if room_bytes < 0:
+            device["metadata_json"] = None
+    # One step into the index for each device, however long the history is.
+    newest = "SELECT id FROM device_state_snapshots h WHERE h.device_id = d.device_id ORDER BY id DESC LIMIT 1"
+    latest = f"SELECT * FROM device_state_snapshots WHERE id IN (SELECT ({newest}) FROM devices d) ORDER BY id DESC"
+    for row in tables.query(latest, _step=20):
+        snapshot = restorable("device_state_snapshots", row)
+        state = snapshot["state_data"] or "null"
+        room_bytes -= len(state)
+        if room_bytes > 0 and snapshot["device_id"] in devices:
+            devices[snapshot["device_id"]] |= {"state": state, "state_timestamp": snapshot["timestamp"]}
+    return list(devices.values())
+
+
+def load_commands(tables: Any) -> list[Row]:
+    """Of the open commands all, but for the oldest that would take more than RESTORED_BYTES, which end as `ack_timeout`; of
+    those that lack an answer the latest.
+    """
+    kept: list[Row] = []
+    overdue: list[Row] = []
+    room_bytes = RESTORED_BYTES
+    for statuses, limit in ((OPEN_STATUSES, -1), ((ACK_TIMEOUT, ACK_ERROR), RESTORED_CLOSED_COMMANDS)):
+        newest = f"SELECT * FROM command_logs WHERE status IN {statuses} ORDER BY rowid DESC LIMIT {limit}"
+        for row in tables.query(newest, _step=1):
+            command = restorable("command_logs", row)
+            # Text may take four bytes a character, and the object some.
+            room_bytes -= 4 * (len(command["payload"]) + len(command["response_data"] or "")) + 1000
+            if room_bytes > 0:
+                kept.append(command)
+            elif statuses is OPEN_STATUSES:
+                overdue.append({"command_id": command["command_id"], "status": ACK_TIMEOUT})
+    tables["command_logs"].update_many(overdue, ["command_id"])
+    return kept[::-1]
 
 
 # -- the database ------------------------------------------------------------------------------------------------------
 
 
-class LenientConnection(sqlite3.Connection):
-    """A connection that reads text of a damaged or foreign writer as well as it goes."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
-
-
 class Database:
     """The four tables, through `dataset`. Blocks on the disk.
 
-    `open`, `commit`, `commit_row_by_row` and `close` belong to the writer's thread, `find` and `newest_commands` to the
-    reader's, and the owner sees to it that nobody reads while the file is opened or closed. What fails closes it, which also
-    cures dataset's lock after a failed COMMIT, and `open` is the one way back: from a start, a full disk, damage, and a file
-    that somebody moved, removed or replaced.
+    `read` belongs to the readers' threads, all else to the writer's, and the owner sees to it that nobody reads while the file
+    is opened or closed. After whatever fails `open` is the one way back: from a start, a full disk, damage, a file that was
+    moved, removed or replaced. (Closing is also the cure for dataset's lock after a failed COMMIT.)
     """
 
-    RESTORED_DEVICES = 10_000  # as many as are kept in memory
-    RESTORED_CLOSED_COMMANDS = 1000  # the latest that still lack answers
-    RESTORED_BYTES = 8 << 20  # of the commands' contents, so that a start takes no more than the run before it
+    SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
 
-    def __init__(self, path: Path) -> None:
+    ROOM_NOTICE_S = 3600.0  # contract, section 7
+
+    def __init__(self, path: Path, min_free_bytes: int) -> None:
         self.file = LockedFile(path)
+        self._min_free_bytes = min_free_bytes
+        self._made_room_s = -math.inf  # monotonic time of the latest, and of when that was said
+        self._room_logged_s = -math.inf
         self._dataset: Any = None
-        self._is_loaded = False  # of the file that is locked
-        self._asking: sqlite3.Connection | None = None  # what the reader's thread is busy with
+        self._has_failed = False
 
     @property
     def is_usable(self) -> bool:
         """Whether it is open, and nothing is known to be wrong with it."""
-        return self._dataset is not None and not self.file.is_doubted
+        return self._dataset is not None and not self._has_failed and not self.file.is_doubted
 
     def open(self, online: Collection[str]) -> Restored | None:
         """Open or create the file, end what the last run left open (but for the devices that are online), and load it.
 
         None where it is the file that was loaded before. Raises StartError, see LockedFile, and STORE_ERRORS.
         """
+        is_new = False
         try:
-            is_moved = not self.file.is_in_place()
-            moved_to = self.file.take_log_along() if is_moved else None
+            if not self.file.is_in_place():
+                self.file.leave(self._disconnect)
             self._disconnect()
-            if is_moved:
-                self.file.unlock()
-            if moved_to is not None:  # what was written to a file must be in that file
-                with contextlib.closing(sqlite3.connect(moved_to, timeout=LOCK_TIMEOUT_S)) as connection:
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._is_loaded &= not self.file.lock()
-            if self.file.is_doubted or not self._is_loaded:
-                self._is_loaded &= not self.file.move_aside_if_damaged()
+            is_new = self.file.lock()
+            is_new |= self.file.move_aside_if_damaged(is_new=is_new)
             self._connect()
-            if self._is_loaded:
+            if not is_new:
                 return None
             with self._dataset as tables:
-                self._end_last_run(tables, online)
-                restored = Restored(self._load_devices(tables), self._load_commands(tables))
-            self._is_loaded = True
-            return restored
+                end_last_run(tables, online)
+                return Restored(load_devices(tables), load_commands(tables))
         except BaseException as error:
-            self._fail(error)
+            self.file.is_doubted |= is_corruption(error)
+            self._disconnect()
+            if is_new:  # what is locked has been loaded
+                self.file.unlock()
             raise
 
-    def _fail(self, error: BaseException) -> None:
-        self.file.is_doubted |= is_corruption(error)
-        self._disconnect()
-
     def _disconnect(self) -> None:
+        self._has_failed = False
         if self._dataset is not None:
             connected, self._dataset = self._dataset, None
             connected.close()
@@ -1049,83 +1110,15 @@ class Database:
                     tables.query(f'DROP INDEX "{row["name"]}"')
             tables.query(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    # -- what the last run left ----------------------------------------------------------------------------------------
-
-    def _end_last_run(self, tables: Any, online: Collection[str]) -> None:
-        """Whatever the file says is online is not, but for `online`: its device row and its connection history say so."""
-        now = stored_time(utc_now())
-        latest = {row["device_id"]: row["event"] for row in self._latest(tables, "device_connection_logs")}
-        left = [
-            row
-            for row in tables["devices"].find()
-            if (row["is_online"] or latest.get(row["device_id"]) == CONNECTED) and row["device_id"] not in online
-        ]
-        details = to_json({"reason": "the gateway ended without saying goodbye"})
-        ended = {"event": DISCONNECTED, "timestamp": now, "details": details}
-        offline = {"is_online": False, "disconnected_at": now}
-        tables["devices"].update_many([{"device_id": row["device_id"]} | offline for row in left], ["device_id"])
-        tables["device_connection_logs"].insert_many(
-            [{"device_id": row["device_id"], "device_type": row["device_type"] or ""} | ended for row in left]
-        )
-
-    def _latest(self, tables: Any, name: TableName) -> list[Row]:
-        """The newest row of every device: one step into the index for each, however long the history is."""
-        newest = f"SELECT (SELECT id FROM {name} h WHERE h.device_id = d.device_id ORDER BY id DESC LIMIT 1) FROM devices d"
-        return list(tables.query(f"SELECT * FROM {name} WHERE id IN ({newest})"))
-
-    def _load_devices(self, tables: Any) -> list[Row]:
-        """Those that were seen last, RESTORED_DEVICES of them."""
-        latest = tables["devices"].find(order_by="-last_heartbeat", _limit=self.RESTORED_DEVICES)
-        devices = {row["device_id"]: self._device_row(row) for row in latest}
-        for snapshot in self._latest(tables, "device_state_snapshots"):
-            if (device := devices.get(snapshot["device_id"])) is not None:
-                device["state"] = read_json(snapshot["state_data"])
-                device["state_timestamp"] = read_time(snapshot["timestamp"])
-        return list(devices.values())
-
-    def _device_row(self, row: Row) -> Row:
-        for name in ("last_heartbeat", "connected_at", "disconnected_at"):
-            row[name] = read_time(row[name])
-        row["device_type"] = row["device_type"] or ""
-        row["connected_at"] = row["connected_at"] or row["last_heartbeat"] or utc_now()
-        row["metadata_json"] = "{}" if row["metadata_json"] in (None, IN_THE_FILE) else read_json(row["metadata_json"])
-        return row | {"state": None, "state_timestamp": None}
-
-    def _load_commands(self, tables: Any) -> list[Row]:
-        """Of the open commands all, but for the oldest that would take more than RESTORED_BYTES, which end as `ack_timeout`;
-        of those that lack an answer the latest.
-        """
-        size = "coalesce(length(payload), 0) + coalesce(length(response_data), 0) AS size"
-        kept: list[str] = []
-        overdue: list[Row] = []
-        room_bytes = self.RESTORED_BYTES
-        for statuses, limit in ((OPEN_STATUSES, -1), ((ACK_TIMEOUT, ACK_ERROR), self.RESTORED_CLOSED_COMMANDS)):
-            wanted = f"WHERE status IN {statuses} ORDER BY rowid DESC LIMIT {limit}"
-            for row in list(tables.query(f"SELECT command_id, {size} FROM command_logs {wanted}")):
-                room_bytes -= 4 * row["size"] + 1000  # of its text in any language, and of the object
-                if room_bytes > 0:
-                    kept.append(row["command_id"])
-                elif statuses is OPEN_STATUSES:
-                    overdue.append({"command_id": row["command_id"], "status": ACK_TIMEOUT})
-        tables["command_logs"].update_many(overdue, ["command_id"])
-        rows = [tables["command_logs"].find_one(command_id=command_id) for command_id in reversed(kept)]
-        for row in rows:
-            for name in ("created_at", "executed_at", "completed_at"):
-                row[name] = read_time(row[name])
-            row["payload"] = read_json(row["payload"])
-            row["response_data"] = None if row["response_data"] is None else read_json(row["response_data"])
-        return rows
-
-    # -- use -----------------------------------------------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------------------------------
 
     def commit(self, batch: Batch) -> None:
-        """Write a batch in one transaction, all or nothing. Whatever fails closes the file, but for a row's own fault.
-
-        Raises FileMoved where the file isn't at its path any more, and STORE_ERRORS.
-        """
+        """Write a batch in one transaction, all or nothing; the oldest rows make room where need be. Raises STORE_ERRORS."""
         if not self.file.is_in_place():
-            raise FileMoved(f"{self.file.path} was deleted or replaced")
-        with self._closing_what_fails(), self._dataset as tables:
+            self._has_failed = True
+            raise OSError(f"{self.file.path} was deleted or replaced")
+        self._make_room(batch)
+        with self._transaction() as tables:
             for table, rows in batch.tables():
                 if rows:
                     self._write(tables, table, rows)
@@ -1136,8 +1129,8 @@ class Database:
         Raises StartError where not the rows are at fault but what somebody did to the tables, and STORE_ERRORS.
         """
         refused: list[tuple[str, Row, str]] = []
-        with self._closing_what_fails(), self._dataset as tables:
-            self.file.check_schema(tables.executable.connection.dbapi_connection)
+        with self._transaction() as tables:
+            check_schema(self.file.path, tables.executable.connection.dbapi_connection)
             for table, rows in batch.tables():
                 for row in rows:
                     try:
@@ -1162,55 +1155,29 @@ class Database:
             tables.executable.execute(insert.on_conflict_do_update(index_elements=[key], set_=changes), rows)
 
     @contextlib.contextmanager
-    def _closing_what_fails(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            if not is_fault_of_a_row(error):
-                self._fail(error)
-            raise
-
-    def find(self, table: TableName, **wanted: Any) -> list[Row]:
-        """Rows of a table by dataset's `find`, ready to encode. Raises STORE_ERRORS."""
-        return self._read(table, lambda tables: tables[table].find(_step=None, **wanted))
-
-    def newest_commands(self, limit: int, **wanted: str | None) -> list[Row]:
-        """Command rows that match COMMAND_FILTERS, the latest first: in the order of SQLite's rowid, which a clock that jumps
-        can't disturb and for which `find` has no word. Raises STORE_ERRORS.
-        """
-        conditions = " AND ".join(COMMAND_FILTERS[name] for name in wanted) or "true"
-        question = f"SELECT * FROM command_logs WHERE {conditions} ORDER BY rowid DESC LIMIT :limit"
-        return self._read("command_logs", lambda tables: tables.query(question, limit=limit, _step=None, **wanted))
-
-    def device(self, device_id: str) -> list[Row]:
-        """The row of a device, as in Restored, or none. Raises STORE_ERRORS."""
-        return self._read(None, lambda tables: map(self._device_row, list(tables["devices"].find(device_id=device_id))))
-
-    def delete_some(self, table: TableName, device_id: str, limit: int) -> int:
-        """Delete up to `limit` rows of a device, and return how many it were. In the writer's thread. Raises STORE_ERRORS."""
-        with self._closing_what_fails(), self._dataset as tables:
-            key = "id" if "id" in COLUMNS[table] else "device_id"
-            some = f"SELECT {key} FROM {table} WHERE device_id = :device_id LIMIT :limit"
-            deleted = tables.query(f"DELETE FROM {table} WHERE {key} IN ({some}) RETURNING 1", device_id=device_id, limit=limit)
-            return len(list(deleted))
-
-    def _read(self, table: TableName | None, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
+    def _transaction(self) -> Iterator[Any]:
+        """A transaction. What fails in it, but for a row's own fault, leaves the database unusable until it is opened anew."""
         if self._dataset is None:
             raise sqlite3.OperationalError("the database is not open")
         try:
             with self._dataset as tables:
-                self._asking = tables.executable.connection.dbapi_connection
-                return [row if table is None else presentable(table, row) for row in ask(tables)]
+                yield tables
+        except BaseException as error:
+            self.file.is_doubted |= is_corruption(error)
+            self._has_failed |= not is_fault_of_a_row(error)
+            raise
+
+    def read(self, ask: Callable[[Any], Iterable[Row]], is_over: Callable[[], bool]) -> list[Row]:
+        """What `ask` finds in the tables. Broken off when `is_over` says so. Raises STORE_ERRORS."""
+        if (connected := self._dataset) is None:
+            raise sqlite3.OperationalError("the database is not open")
+        try:
+            with connected as tables:
+                tables.executable.connection.dbapi_connection.set_progress_handler(is_over, 10_000)
+                return list(ask(tables))
         except sa.exc.DatabaseError as error:
             self.file.is_doubted |= is_corruption(error)
             raise
-        finally:
-            self._asking = None
-
-    def interrupt(self) -> None:
-        """Break off what the reader's thread is asking, which then raises. From any thread."""
-        if (connection := self._asking) is not None:
-            connection.interrupt()
 
     def close(self) -> None:
         """Write the write-ahead log into the file and close it. Raises STORE_ERRORS."""
@@ -1220,6 +1187,71 @@ class Database:
         finally:
             self._disconnect()
             self.file.unlock()
+
+    # -- what is kept how long -----------------------------------------------------------------------------------------
+
+    def delete_of_device(self, table: TableName, device_id: str, limit: int) -> int:
+        """Delete up to `limit` rows of a device, and return how many it were. Raises STORE_ERRORS."""
+        with self._transaction() as tables:
+            some = f"SELECT rowid FROM {table} WHERE device_id = :device_id LIMIT {limit}"
+            return self._delete(tables, table, some, device_id=device_id)
+
+    def delete_before(self, table: TableName, before: str, limit: int) -> int:
+        """Delete up to `limit` of a history's oldest rows, those from before a stored time: how many it were.
+
+        Rows that a clock gone wrong has put out of order hide no more than the 10,000 oldest. Raises STORE_ERRORS.
+        """
+        with self._transaction() as tables:
+            time, may_go = HISTORIES[table]
+            oldest = f"SELECT rowid, {time} AS time FROM {table} WHERE {may_go} ORDER BY rowid LIMIT 10000"
+            old = f"SELECT rowid FROM ({oldest}) WHERE time < :before LIMIT {limit}"
+            return self._delete(tables, table, old, before=before)
+
+    def _delete(self, tables: Any, table: TableName, which: str, **values: Any) -> int:
+        return int(tables.executable.execute(sa.text(f"DELETE FROM {table} WHERE rowid IN ({which})"), values).rowcount)
+
+    def _make_room(self, batch: Batch) -> None:
+        """Where the file system has no room to spare, delete the oldest rows until the batch fits into the file's free pages.
+
+        On a file system of less than twice `min_free_bytes`, half of it is what is kept free.
+        """
+        try:
+            system = os.statvfs(self.file.path)
+        except OSError:
+            return  # the commit will say it
+        spare_bytes = min(self._min_free_bytes, system.f_blocks * system.f_frsize // 2)
+        if system.f_bavail * system.f_frsize >= spare_bytes:
+            return
+        size_bytes = sum(len(to_json(rows)) for _, rows in batch.tables())
+        deleted = 0
+        with self._transaction() as tables:
+            for table, (_, may_go) in HISTORIES.items():
+                while self._lacks_pages(tables, size_bytes):
+                    oldest = f"SELECT rowid FROM {table} WHERE {may_go} ORDER BY rowid LIMIT 50"
+                    if (count := self._delete(tables, table, oldest)) == 0:
+                        break
+                    deleted += count
+        if deleted:
+            self._made_room_s = time.monotonic()
+            if self._made_room_s > self._room_logged_s + self.ROOM_NOTICE_S:
+                self._room_logged_s = self._made_room_s
+                log.warning("oldest_rows_deleted", reason=self.notice)
+
+    def _lacks_pages(self, tables: Any, size_bytes: int) -> bool:
+        """Whether a file that isn't small would have to grow for rows of this size. They may take twice that, and indexes."""
+        (pages,) = tables.query("SELECT * FROM pragma_page_count, pragma_freelist_count, pragma_page_size")
+        is_small = pages["page_count"] * pages["page_size"] < self.SMALL_FILE_BYTES
+        return not is_small and pages["freelist_count"] * pages["page_size"] < 2 * size_bytes + 32 * pages["page_size"]
+
+    @property
+    def notice(self) -> str | None:
+        """What people should know about the file."""
+        notices = [] if self.file.notice is None else [self.file.notice]
+        if time.monotonic() < self._made_room_s + self.ROOM_NOTICE_S:
+            notices.append(
+                f"the disk has too little room (--min-free-mb {self._min_free_bytes >> 20}): the oldest rows are deleted"
+            )
+        return "; ".join(notices) or None
 
 
 # -- the way in and out ------------------------------------------------------------------------------------------------
@@ -1233,7 +1265,7 @@ class Stored(Protocol):
 
 
 class Backlog:
-    """What waits to be written, and who waits for it. Belongs to the event loop."""
+    """What waits to be written, and who waits for it. Belongs to the event loop. `put_*` never wait."""
 
     # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
     TELEMETRY_LIMIT_BYTES = 32 << 20
@@ -1242,6 +1274,7 @@ class Backlog:
     MIN_SHARES = 32  # no device may have more than this part of the limit
     MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
     BATCH_SNAPSHOTS = 2000  # about 11 ms of writing here, so a command's row never waits long behind telemetry
+    BATCH_BYTES = 4 << 20  # as much as the write-ahead log has between two checkpoints
 
     def __init__(self) -> None:
         self.known_devices: dict[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
@@ -1257,15 +1290,11 @@ class Backlog:
         self._snapshot_bytes = 0  # of those that wait or are in flight
         self._shares: Counter[str] = Counter()  # the same for each device that has any
 
-    def __len__(self) -> int:
+    @property
+    def rows_waiting(self) -> int:
         """How many rows are not in the file yet."""
         waiting = len(self._devices) + len(self._commands) + len(self._events) + len(self._snapshots)
         return waiting + len(self.in_flight)
-
-    @property
-    def is_congested(self) -> bool:
-        """Whether more waits than a disk that keeps up would leave."""
-        return self._snapshot_bytes > self.CONGESTED_BYTES
 
     def call_writer(self, *, urgent: bool = True) -> None:
         """Have the writer come, at once or when its interval is over."""
@@ -1273,18 +1302,35 @@ class Backlog:
         if urgent:
             self.is_urgent.set()
 
-    def put_device(self, device_id: str, device: Stored, *, urgent: bool) -> None:
-        """See Store."""
+    def know_device(self, device_id: str, device: Stored) -> None:
+        """Remember a device whose row is in the file: a file that takes its place needs it, too."""
+        self.known_devices[device_id] = device
+
+    def forget_device(self, device_id: str) -> None:
+        """The opposite of `know_device`: what the file has of it stays there."""
+        self.known_devices.pop(device_id, None)
+        self._devices.pop(device_id, None)
+
+    def is_device_waiting(self, device_id: str) -> bool:
+        """Whether a change of a device isn't in the file yet."""
+        return device_id in self._devices or device_id in self.in_flight.devices
+
+    def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
+        """The rows, as they are now, of those that are known."""
+        return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
+
+    def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
+        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
         self.known_devices[device_id] = self._devices[device_id] = device
         self.call_writer(urgent=urgent)
 
     def put_command(self, command_id: str, command: Stored) -> None:
-        """See Store."""
+        """Write a command's row."""
         self._commands[command_id] = command
         self.call_writer()
 
     def put_event(self, row: Row) -> bool:
-        """See Store."""
+        """Append a row of the connection history. False where too many wait and it was dropped."""
         if len(self._events) >= self.MAX_EVENTS:
             self.rows_dropped += 1
             return False
@@ -1292,35 +1338,39 @@ class Backlog:
         self.call_writer()
         return True
 
-    def has_its_share(self, device_id: str) -> bool:
-        """Whether as much of a device waits as it may have, whatever others do."""
+    def has_its_share_waiting(self, device_id: str) -> bool:
+        """Whether as much of a device's telemetry waits as it may have, whatever others do."""
         return self._shares[device_id] > self.TELEMETRY_LIMIT_BYTES // max(self.MIN_SHARES, len(self._shares))
 
     def put_snapshot(self, row: Row) -> bool:
-        """See Store."""
-        size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"])
-        device_id = row["device_id"]
-        if self._snapshot_bytes > self.TELEMETRY_LIMIT_BYTES and self.has_its_share(device_id):
+        """Append a snapshot. False where the limit is reached, and the device's share of it, and it was dropped."""
+        if self._snapshot_bytes > self.TELEMETRY_LIMIT_BYTES and self.has_its_share_waiting(row["device_id"]):
             self.rows_dropped += 1
             return False
-        self._shares[device_id] += size_bytes
-        self._snapshot_bytes += size_bytes
+        self._count(row, 1)
         self._snapshots.append(row)
-        self.call_writer(urgent=self.is_congested)
+        self.call_writer(urgent=self._snapshot_bytes > self.CONGESTED_BYTES)
         return True
+
+    def _count(self, snapshot: Row, factor: int) -> int:
+        """Count what a snapshot takes, or no longer takes where the factor is -1."""
+        size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(snapshot["state_data"])
+        device_id = snapshot["device_id"]
+        self._snapshot_bytes += factor * size_bytes
+        self._shares[device_id] += factor * size_bytes
+        if self._shares[device_id] <= 0:
+            del self._shares[device_id]
+        return size_bytes
 
     def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
         """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if behind_snapshots:
-            self._snapshots.append(written)
-        else:
-            self._waiting.append(written)
+        (self._snapshots if behind_snapshots else self._waiting).append(written)
         self.call_writer()
         return written
 
     def take(self) -> Batch:
-        """Everything for the next batch, of the snapshots the oldest BATCH_SNAPSHOTS. It is in flight until `settle`."""
+        """Everything for the next batch, of the snapshots the oldest up to a limit. It is in flight until `settle`."""
         batch = Batch(
             devices={device_id: device.row() for device_id, device in self._devices.items()},
             commands=[command.row() for command in self._commands.values()],
@@ -1328,12 +1378,14 @@ class Backlog:
             waiting=self._waiting,
         )
         self._devices, self._commands, self._events, self._waiting = {}, {}, [], []
-        while self._snapshots and len(batch.snapshots) < self.BATCH_SNAPSHOTS:
+        room_bytes = self.BATCH_BYTES
+        while self._snapshots and len(batch.snapshots) < self.BATCH_SNAPSHOTS and room_bytes > 0:
             item = self._snapshots.popleft()
             if isinstance(item, asyncio.Future):
                 batch.waiting.append(item)
             else:
                 batch.snapshots.append(item)
+                room_bytes -= len(item["state_data"])
         if self._snapshots:  # a backlog goes on at once
             self.is_urgent.set()
         else:
@@ -1346,27 +1398,10 @@ class Backlog:
         """What was in flight is written."""
         batch, self.in_flight = self.in_flight, Batch()
         for row in batch.snapshots:
-            size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(row["state_data"])
-            self._snapshot_bytes -= size_bytes
-            self._shares[row["device_id"]] -= size_bytes
-            if self._shares[row["device_id"]] <= 0:
-                del self._shares[row["device_id"]]
+            self._count(row, -1)
         for waiting in batch.waiting:
             if not waiting.done():
                 waiting.set_result(None)
-
-    def is_device_waiting(self, device_id: str) -> bool:
-        """See Store."""
-        return device_id in self._devices or device_id in self.in_flight.devices
-
-    def forget_device(self, device_id: str) -> None:
-        """See Store."""
-        self.known_devices.pop(device_id, None)
-        self._devices.pop(device_id, None)
-
-    def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
-        """The rows, as they are now, of those that are known."""
-        return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1380,25 +1415,69 @@ class StoreHealth:
     rows_rejected: int
 
 
-class Store:
-    """The way into the database and out of it. Its state belongs to the event loop; two threads block on the disk for it.
+class Reader:
+    """Questions to the database, a few at a time, each in a thread of its own. Belongs to the event loop."""
 
-    `put_*` never wait: rows gather in memory, and the writer, a task, hands all there are to its thread, one transaction at
-    a time. A batch that fails for the disk's sake is kept and tried again until it is in the file; a row that the database
-    refuses for its own sake is logged and left out, so that the rest gets in.
+    THREADS = 3  # so that a cheap question needn't wait for a dear one
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._turns = asyncio.Semaphore(self.THREADS)
+        self._asked: dict[asyncio.Future[list[Row]], threading.Event] = {}  # with what breaks each off
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
+        self.threads = ThreadPoolExecutor(self.THREADS, "store-reader")
+
+    async def ask(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
+        """Have a question answered. One whose asker is gone is broken off, and over when this ends. Raises STORE_ERRORS."""
+        async with self._turns:
+            while not self._may_ask.is_set():
+                await self._may_ask.wait()
+            is_over = threading.Event()
+            answer = asyncio.get_running_loop().run_in_executor(self.threads, self._database.read, ask, is_over.is_set)
+            self._asked[answer] = is_over
+            try:
+                return await asyncio.shield(answer)
+            except asyncio.CancelledError:
+                is_over.set()
+                await asyncio.wait((answer,))
+                answer.exception()
+                raise
+            finally:
+                del self._asked[answer]
+
+    @contextlib.asynccontextmanager
+    async def silence(self) -> AsyncIterator[None]:
+        """While this lasts nobody reads: what is being answered is broken off, and what comes waits."""
+        self._may_ask.clear()
+        try:
+            for is_over in self._asked.values():
+                is_over.set()
+            if self._asked:
+                await asyncio.wait(self._asked)
+            yield
+        finally:
+            self._may_ask.set()
+
+
+class Writer(Backlog):
+    """The way into the database. Its state belongs to the event loop; a thread blocks on the disk for it.
+
+    Rows gather in memory, and the writer, a task, hands all there are to its thread, one transaction at a time. A batch that
+    fails for the disk's sake is kept and tried again until it is in the file; a row that the database refuses for its own sake
+    is logged and left out, so that the rest gets in.
     """
 
-    RETRY_S = 0.5  # after a failed batch
+    RETRY_S = 0.5  # after a batch that failed twice
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
     READ_TIMEOUT_S = 20.0  # contract, section 6
-    FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
     DELETED_AT_ONCE = 500  # rows: some milliseconds
-    READS_WAITING = 64  # at some milliseconds each
+    TIDY_INTERVAL_S = 3600.0
 
-    def __init__(self, path: Path, commit_interval_s: float) -> None:
-        self._database = Database(path)
-        self._backlog = Backlog()
-        self._commit_interval_s = commit_interval_s
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self._settings = settings
+        self._database = Database(settings.database_path.absolute(), settings.min_free_mb << 20)
         self._deadline_s = math.inf  # of a stop, for what is queued
         self._failure: str | None = None
         self._writing_since_s: float | None = None
@@ -1406,13 +1485,11 @@ class Store:
         self._rejected_commands: deque[str] = deque(maxlen=1000)  # the ids of the latest
         self._restored: Restored | None = None
         self._was_open = False
-        self._reads_waiting = 0
         self.commit_seconds = prometheus_client.Histogram(
             "amhrpd_commit_seconds", "of a transaction", registry=None, buckets=BUCKETS_S
         )
-        self._reading = asyncio.Lock()  # held while a query runs, and while the file is opened or closed
+        self._reader = Reader(self._database)
         self._writer_thread = ThreadPoolExecutor(1, "store-writer")
-        self._reader_thread = ThreadPoolExecutor(1, "store-reader")
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -1428,10 +1505,11 @@ class Store:
                 self._end_threads()
                 raise error if isinstance(error, StartError) else StartError(self._failure) from None
             log.error("database_open_failed", reason=cause_of(error))
-            self._backlog.call_writer()
-        self._tasks.append(asyncio.create_task(self._write_forever()))
-        if self._database.file.is_large:
-            self._tasks.append(asyncio.create_task(self._check()))
+            self.call_writer()
+        works = [self._write_forever()]
+        works += [self._tidy_forever()] if self._settings.keep_days else []
+        works += [self._check()] if self._database.file.is_large else []
+        self._tasks = [asyncio.create_task(work) for work in works]
 
     def take_restored(self) -> Restored | None:
         """What the file has, once after every time that one was opened: at the start, or when there was room at last."""
@@ -1439,8 +1517,8 @@ class Store:
         return restored
 
     async def _open_file(self) -> None:
-        online = [key for key, row in self._backlog.device_rows(self._backlog.known_devices).items() if row["is_online"]]
-        async with self._reading:
+        online = [key for key, row in self.device_rows(self.known_devices).items() if row["is_online"]]
+        async with self._reader.silence():
             restored = await self._in_writer(self._database.open, online if self._was_open else ())
         self._restored = restored or self._restored
         self._was_open = True
@@ -1450,140 +1528,80 @@ class Store:
 
     def _end_threads(self) -> None:
         self._writer_thread.shutdown(wait=False)
-        self._reader_thread.shutdown(wait=False)
+        self._reader.threads.shutdown(wait=False)
 
     # -- writing -------------------------------------------------------------------------------------------------------
-
-    def know_device(self, device_id: str, device: Stored) -> None:
-        """Remember a device whose row is in the file: a file that takes its place needs it, too."""
-        self._backlog.known_devices[device_id] = device
-
-    def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
-        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
-        self._backlog.put_device(device_id, device, urgent=urgent)
-
-    def put_event(self, row: Row) -> bool:
-        """Append a row of the connection history. False where too many wait and it was dropped."""
-        return self._backlog.put_event(row)
-
-    def put_snapshot(self, row: Row) -> bool:
-        """Append a snapshot. False where the limit is reached, and the device's share of it, and it was dropped."""
-        return self._backlog.put_snapshot(row)
-
-    def has_its_share_waiting(self, device_id: str) -> bool:
-        """Whether as much of a device's telemetry waits as it may have."""
-        return self._backlog.has_its_share(device_id)
-
-    def is_device_waiting(self, device_id: str) -> bool:
-        """Whether a change of a device isn't in the file yet."""
-        return self._backlog.is_device_waiting(device_id)
-
-    def forget_device(self, device_id: str) -> None:
-        """The opposite of `know_device`: what the file has of it stays there."""
-        self._backlog.forget_device(device_id)
-
-    async def delete_device(self, device_id: str, is_back: Callable[[], bool]) -> dict[str, int]:
-        """Delete a device's snapshots, its connection history and then itself, in steps between batches.
-
-        Ends early where it is back meanwhile. Returns how many snapshots and events it were. Raises STORE_UNAVAILABLE.
-        """
-        deleted = {"snapshots": 0, "events": 0}
-        steps: tuple[tuple[str, TableName], ...]
-        steps = ("snapshots", "device_state_snapshots"), ("events", "device_connection_logs"), ("", "devices")
-        try:
-            await self.flush(self.READ_TIMEOUT_S)
-            for name, table in steps:
-                while not is_back():
-                    count = await self._in_writer(self._database.delete_some, table, device_id, self.DELETED_AT_ONCE)
-                    if name:
-                        deleted[name] += count
-                    if count < self.DELETED_AT_ONCE:
-                        break
-        except STORE_ERRORS as error:
-            self._backlog.call_writer()
-            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
-        return deleted
-
-    def put_command(self, command_id: str, command: Stored) -> None:
-        """Write a command's row."""
-        self._backlog.put_command(command_id, command)
 
     async def commit_command(self, command_id: str, command: Stored, timeout_s: float) -> bool:
         """Write a command's row and wait until it is committed.
 
         False after `timeout_s`, where the database refused the row, and at once when writes fail now.
         """
-        self._backlog.put_command(command_id, command)
+        self.put_command(command_id, command)
         if self.health().reason is not None:
             return False
-        is_written = await self._wait_for(self._backlog.join(behind_snapshots=False), timeout_s)
-        return is_written and command_id not in self._rejected_commands
+        written = self.join(behind_snapshots=False)
+        await asyncio.wait((written,), timeout=timeout_s)
+        return written.done() and command_id not in self._rejected_commands
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until everything put so far is committed. False after `timeout_s`."""
-        return not self._backlog or await self._wait_for(self._backlog.join(behind_snapshots=True), timeout_s)
-
-    async def _wait_for(self, written: asyncio.Future[None], timeout_s: float) -> bool:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await written
-        except TimeoutError:
-            return False
-        return True
+        if self.rows_waiting == 0:
+            return True
+        written = self.join(behind_snapshots=True)
+        await asyncio.wait((written,), timeout=timeout_s)
+        return written.done()
 
     async def _write_forever(self) -> None:
         """The writer: until a stop, and then until nothing waits or its time is over."""
-        backlog = self._backlog
         due_s = -math.inf
-        while self._deadline_s == math.inf or backlog.is_wanted.is_set():
-            await backlog.is_wanted.wait()
+        while self._deadline_s == math.inf or self.is_wanted.is_set():
+            await self.is_wanted.wait()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, due_s - time.monotonic())):
-                    await backlog.is_urgent.wait()
-            if not await self._commit_stubbornly(backlog.take()):
-                log.error("rows_lost", rows=len(backlog), reason=self._failure)
+                    await self.is_urgent.wait()
+            if not await self._commit_stubbornly(self.take()):
+                log.error("rows_lost", rows=self.rows_waiting, reason=self._failure)
                 return
-            backlog.settle()
-            due_s = time.monotonic() + self._commit_interval_s
+            self.settle()
+            due_s = time.monotonic() + self._settings.commit_interval_s
 
     async def _commit_stubbornly(self, batch: Batch) -> bool:
-        """Commit the batch, however long that takes. False where a stop gave up on it."""
+        """Commit the batch: again at once where it fails, then however long that takes. False where a stop gave up on it."""
         while True:
             self._writing_since_s = time.monotonic()
+            pause_s = 0.0 if self._failure is None else self.RETRY_S
             try:
                 await self._commit(batch)
                 if self._failure is not None:
-                    log.warning("database_writes_resumed", rows_waiting=len(self._backlog))
+                    log.warning("database_writes_resumed", rows_waiting=self.rows_waiting)
                 self._failure = None
                 return True
-            except (*STORE_ERRORS, StartError, FileMoved) as error:
+            except (*STORE_ERRORS, StartError) as error:
                 if self._failure is None or not self._was_open:
-                    log.error("database_write_failed", reason=cause_of(error), rows_waiting=len(self._backlog))
+                    log.error("database_write_failed", reason=cause_of(error), rows_waiting=self.rows_waiting)
                 self._failure = f"can't write the database: {cause_of(error)}"
             finally:
                 self._writing_since_s = None
-            if time.monotonic() + self.RETRY_S > self._deadline_s:
+            if time.monotonic() + pause_s > self._deadline_s:
                 return False
-            await asyncio.sleep(self.RETRY_S)
+            await asyncio.sleep(pause_s)
 
     async def _commit(self, batch: Batch) -> None:
-        backlog = self._backlog
-        if not self._database.is_usable:
-            await self._open_for(batch)
+        if not self._database.is_usable:  # the file that there is now may know none of the devices
+            await self._open_file()
+            batch.devices = self.device_rows(self.known_devices) | batch.devices
         if not batch:
             return
         try:
             with self.commit_seconds.time():
                 await self._in_writer(self._database.commit, batch)
-        except FileMoved:
-            await self._open_for(batch)
-            await self._in_writer(self._database.commit, batch)
         except sa.exc.StatementError as error:
             if not is_fault_of_a_row(error):
                 raise
             # Rows of devices that somebody deleted behind our back would be refused for ever.
             owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
-            batch.devices = backlog.device_rows(owners) | batch.devices
+            batch.devices = self.device_rows(owners) | batch.devices
             refused = await self._in_writer(self._database.commit_row_by_row, batch)
             for table, row, reason in refused:
                 log.error("row_rejected", table=table, reason=reason, row=repr(row))
@@ -1591,10 +1609,37 @@ class Store:
                     self._rejected_commands.append(row["command_id"])
             self._rows_rejected += len(refused)
 
-    async def _open_for(self, batch: Batch) -> None:
-        """Open the file that there is now, and have the batch bring every device that is known."""
-        await self._open_file()
-        batch.devices = self._backlog.device_rows(self._backlog.known_devices) | batch.devices
+    async def delete_device(self, device_id: str, is_back: Callable[[], bool]) -> dict[str, int]:
+        """Delete a device's snapshots, its connection history and then itself, in steps between batches.
+
+        Ends early where it is back meanwhile. Returns how many snapshots and events it were. Raises STORE_UNAVAILABLE.
+        """
+        deleted: dict[TableName, int] = {"device_state_snapshots": 0, "device_connection_logs": 0, "devices": 0}
+        try:
+            await self.flush(self.READ_TIMEOUT_S)
+            for table in deleted:
+                count = limit = self.DELETED_AT_ONCE
+                while count == limit and not is_back():
+                    count = await self._in_writer(self._database.delete_of_device, table, device_id, limit)
+                    deleted[table] += count
+        except STORE_ERRORS as error:
+            self.call_writer()
+            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
+        return {"snapshots": deleted["device_state_snapshots"], "events": deleted["device_connection_logs"]}
+
+    async def _tidy_forever(self) -> None:
+        """Delete what is older than `keep_days`, in steps between batches."""
+        limit = self.DELETED_AT_ONCE
+        while True:
+            before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
+            try:
+                for table in HISTORIES:
+                    while await self._in_writer(self._database.delete_before, table, before, limit) == limit:
+                        await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
+            except STORE_ERRORS as error:
+                log.warning("old_rows_not_deleted", reason=cause_of(error))
+                self.call_writer()
+            await asyncio.sleep(self.TIDY_INTERVAL_S)
 
     async def _check(self) -> None:
         is_over = threading.Event()
@@ -1603,7 +1648,7 @@ class Store:
         finally:
             is_over.set()
         if not self._database.is_usable:
-            self._backlog.call_writer()
+            self.call_writer()
 
     # -- health --------------------------------------------------------------------------------------------------------
 
@@ -1620,8 +1665,7 @@ class Store:
             reason = "the writer has died"
         elif reason is None and stalled_s > self.STALLED_S:
             reason = f"a write has been waiting for the disk for {stalled_s:.0f} s"
-        backlog = self._backlog
-        return StoreHealth(reason, self._database.file.notice, len(backlog), backlog.rows_dropped, self._rows_rejected)
+        return StoreHealth(reason, self._database.notice, self.rows_waiting, self.rows_dropped, self._rows_rejected)
 
     def room(self) -> dict[str, int]:
         """The size of the file and what is free beside it, in bytes; nothing where nobody can tell."""
@@ -1631,77 +1675,22 @@ class Store:
         except OSError:
             return {}
 
-    # -- reading -------------------------------------------------------------------------------------------------------
-
-    async def history(self, table: TableName, limit: int, **wanted: Any) -> list[Row]:
-        """Rows of a history by dataset's `find`, newest first, ready to encode. Raises GatewayError, see `_read`."""
-        return await self._read(functools.partial(self._database.find, table, order_by="-id", _limit=limit, **wanted))
-
-    async def newest_commands(self, limit: int, **wanted: str | None) -> list[Row]:
-        """Command rows that match COMMAND_FILTERS, newest first, ready to encode. Raises GatewayError, see `_read`."""
-        return await self._read(functools.partial(self._database.newest_commands, limit, **wanted))
-
-    async def command(self, command_id: str) -> Row | None:
-        """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
-        rows = await self._read(functools.partial(self._database.find, "command_logs", command_id=command_id))
-        return rows[0] if rows else None
-
-    async def device(self, device_id: str) -> Row | None:
-        """The row of a device, as in Restored, or None. Raises GatewayError, see `_read`."""
-        rows = await self._read(functools.partial(self._database.device, device_id))
-        return rows[0] if rows else None
-
-    async def _read(self, question: Callable[[], list[Row]]) -> list[Row]:
-        """Ask in the reader's thread, after all that was put so far is in the file.
-
-        Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already.
-        """
-        if self._reads_waiting >= self.READS_WAITING:
-            raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.READS_WAITING} queries are waiting already")
-        self._reads_waiting += 1
-        try:
-            async with asyncio.timeout(self.READ_TIMEOUT_S):
-                if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
-                    raise GatewayError(Code.STORE_UNAVAILABLE, self._failure or "the database is too slow at the moment")
-                async with self._reading:
-                    return await self._ask(question)
-        except TimeoutError:
-            raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
-        except STORE_ERRORS as error:
-            if not self._database.is_usable:
-                self._backlog.call_writer()
-            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
-        finally:
-            self._reads_waiting -= 1
-
-    async def _ask(self, question: Callable[[], list[Row]]) -> list[Row]:
-        """Have a question answered. One whose asker is gone is broken off, and over when this ends."""
-        answer = asyncio.get_running_loop().run_in_executor(self._reader_thread, question)
-        try:
-            return await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            while not answer.done():  # an interrupt that comes before the query is none
-                self._database.interrupt()
-                await asyncio.wait((answer,), timeout=0.05)
-            answer.exception()
-            raise
-
     # -- closing -------------------------------------------------------------------------------------------------------
 
     async def close(self, timeout_s: float) -> bool:
         """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
         self._deadline_s = time.monotonic() + timeout_s
         is_clean = self.is_writer_alive
-        self._backlog.call_writer()
+        self.call_writer()
         try:
             async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
                 await asyncio.wait(self._tasks[:1])
-                is_clean = is_clean and self._tasks[0].exception() is None and not self._backlog
-                async with self._reading:
+                is_clean = is_clean and self._tasks[0].exception() is None and self.rows_waiting == 0
+                async with self._reader.silence():
                     await self._in_writer(self._database.close)
         except TimeoutError:
             is_clean = False
-            log.error("database_close_timeout", rows=len(self._backlog), timeout_s=timeout_s)
+            log.error("database_close_timeout", rows=self.rows_waiting, timeout_s=timeout_s)
         except STORE_ERRORS as error:
             is_clean = False
             log.error("database_close_failed", reason=cause_of(error))
@@ -1711,6 +1700,62 @@ class Store:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._end_threads()
         return is_clean
+
+
+class Store(Writer):
+    """The way into the database and out of it: what is read is all that was put before."""
+
+    FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
+    READS_WAITING = 64  # at some milliseconds each
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._reads_waiting = 0
+
+    async def history(self, table: TableName, limit: int, **wanted: Any) -> list[Row]:
+        """Rows of a history by dataset's `find`, newest first, ready to encode. Raises GatewayError, see `_read`."""
+        return await self._read(table, lambda tables: tables[table].find(order_by="-id", _limit=limit, **wanted))
+
+    async def newest_commands(self, limit: int, **wanted: str | None) -> list[Row]:
+        """Command rows that match COMMAND_FILTERS, newest first, ready to encode: in the order of SQLite's rowid, which a clock
+        that jumps can't disturb and for which `find` has no word. Raises GatewayError, see `_read`.
+        """
+        conditions = " AND ".join(COMMAND_FILTERS[name] for name in wanted) or "true"
+        question = f"SELECT * FROM command_logs WHERE {conditions} ORDER BY rowid DESC LIMIT :limit"
+        return await self._read("command_logs", lambda tables: tables.query(question, limit=limit, **wanted))
+
+    async def command(self, command_id: str) -> Row | None:
+        """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
+        rows = await self._read("command_logs", lambda tables: tables["command_logs"].find(command_id=command_id))
+        return rows[0] if rows else None
+
+    async def device(self, device_id: str) -> Row | None:
+        """The row of a device, as in Restored, or None. Raises GatewayError, see `_read`."""
+        rows = await self._read("devices", lambda tables: tables["devices"].find(device_id=device_id))
+        return rows[0] if rows else None
+
+    async def _read(self, table: TableName, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
+        """Ask for rows of a table in a reader's thread, after all that was put so far is in the file.
+
+        Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already.
+        """
+        if self._reads_waiting >= self.READS_WAITING:
+            raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.READS_WAITING} queries are waiting already")
+        show = functools.partial(restorable if table == "devices" else presentable, table)
+        self._reads_waiting += 1
+        try:
+            async with asyncio.timeout(self.READ_TIMEOUT_S):
+                if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
+                    raise GatewayError(Code.STORE_UNAVAILABLE, self._failure or "the database is too slow at the moment")
+                return await self._reader.ask(lambda tables: map(show, ask(tables)))
+        except TimeoutError:
+            raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
+        except STORE_ERRORS as error:
+            if not self._database.is_usable:
+                self.call_writer()
+            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
+        finally:
+            self._reads_waiting -= 1
 
 
 # ======================================================================================================================
@@ -1910,7 +1955,7 @@ class Registry:
     async def look_up(self, device_id: str) -> Device:
         """The device, from the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
         device = self.find(device_id)
-        if (device is None or device.metadata is None) and (self.forgotten or self.contents.gave_way):
+        if self.forgotten if device is None else device.metadata is None:
             with contextlib.suppress(GatewayError, TimeoutError):
                 async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
                     row = await self._store.device(device_id)
@@ -3467,12 +3512,12 @@ class StateSheet(Sheet):
         return state if isinstance(state, dict) else {"other": state}  # the earlier backend left there what it liked
 
 
-Reader = Callable[..., Awaitable[list[Row]]]
+ReadRows = Callable[..., Awaitable[list[Row]]]
 """What gives up to `limit` rows that match filters, newest first."""
 
 
 async def send_csv(
-    request: web.Request, query: HistoryQuery | CommandLogsQuery, read: Reader, headers: Mapping[str, str]
+    request: web.Request, query: HistoryQuery | CommandLogsQuery, read: ReadRows, headers: Mapping[str, str]
 ) -> web.StreamResponse:
     """The rows that a query wants as a download, written out as they are read."""
     rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
@@ -3555,7 +3600,7 @@ def answer_type(name: str, table: TableName | None = None, /, optional: Row | No
     """A type of JSON answers: the table's columns, then these fields, where `[kind]` is a list of `kind`."""
     types = {"id": int, "is_online": bool, "target_device_count": int, "success_count": int}
     columns: Row = {
-        key: Any if key in JSON_COLUMNS else types.get(key, str) | None for key in (COLUMNS[table] if table else ())
+        key: Any if kind == "JSON" else types.get(key, str) | None for key, kind in (COLUMNS[table] if table else {}).items()
     }
     for key, kind in fields.items():
         columns[key] = GenericAlias(list, tuple(kind)) if isinstance(kind, list) else kind
@@ -3865,7 +3910,7 @@ class RestApi:
         self,
         request: web.Request,
         query: HistoryQuery | CommandLogsQuery,
-        read: Reader,
+        read: ReadRows,
         **about: str,
     ) -> web.StreamResponse:
         """The rows of a history, newest first: JSON with what they are about, or CSV as it is read."""
@@ -4200,7 +4245,7 @@ def build_app(settings: Settings) -> web.Application:
 
     Whoever runs it awaits `app[GATEWAY].stop()` before its clean-up, which is deaf to the boards' close replies.
     """
-    store = Store(settings.database_path.absolute(), settings.commit_interval_s)
+    store = Store(settings)
     gateway = Gateway(settings, store)
     rest = RestApi(settings, gateway, store)
     app = web.Application(middlewares=[rest.guard], client_max_size=MAX_BODY_BYTES)

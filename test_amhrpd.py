@@ -3008,7 +3008,7 @@ async def test_slow_question_about_history_holds_up_no_command(database: Path) -
         is_reading, may_end = threading.Event(), threading.Event()
 
         def linger(*_: Any) -> None:
-            if threading.current_thread().name.startswith("store-reader"):
+            if threading.current_thread().name.startswith("store-reader") and not is_reading.is_set():
                 is_reading.set()
                 may_end.wait(PATIENCE_S)
 
@@ -3018,6 +3018,7 @@ async def test_slow_question_about_history_holds_up_no_command(database: Path) -
             await eventually(is_reading.is_set)
             answer = await client.post("/command?device_id=a&command_name=x&wait=5")
             assert (answer["status"], answer.get("persisted", True)) == ("ack_success", True)
+            assert (await client.get("/command-logs"))["total"] == 1  # nor a question that is cheap
         finally:
             may_end.set()
             found = await reading
@@ -3405,6 +3406,163 @@ async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: 
         assert failed > 0, "no read failed"
     assert not list(tmp_path.glob("*.corrupt-*"))
     assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(3000,)]
+
+
+def change(database: Path, script: str) -> None:
+    """What somebody does to the file with another program."""
+    with contextlib.closing(sqlite3.connect(database, timeout=5)) as db:
+        db.executescript(script)
+
+
+@in_a_loop
+async def test_tables_that_somebody_changed_are_said_or_mended(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.05)
+    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+        number = 0
+
+        async def use() -> str:
+            """Have something written to every table, and return the id of a command."""
+            nonlocal number
+            number += 1
+            await say(board, "registration", device_type="ESP32", metadata={"n": number})
+            await say(board, "status", payload={"n": number})
+            async with client.board("b"):
+                pass
+            return str((await client.post("/command?device_id=a&command_name=x&wait=5"))["command_id"])
+
+        async def is_written(command_id: str) -> None:
+            await eventually(lambda: health_is(client, 200))
+            assert (await client.get("/state-history/a?limit=1"))["states"][0]["state_data"] == {"n": number}
+            assert (await client.get(f"/command-logs/{command_id}"))["status"] == "ack_success"
+            assert (await client.events("b"))[-2:] == ["connected", "disconnected"]
+            await eventually(lambda: client.rows("SELECT 1 FROM devices WHERE metadata_json = ?", f'{{"n":{number}}}'))
+
+        await is_written(await use())
+        for table in amhrpd.COLUMNS:
+            change(database, f"ALTER TABLE {table} ADD COLUMN note TEXT")  # who may be null hurts nobody
+            await is_written(await use())
+            change(database, f"DROP TABLE {table}")
+            await is_written(await use())
+            ((sql,),) = client.rows("SELECT sql FROM sqlite_master WHERE name = ?", table)
+            change(database, f"DROP TABLE {table}; {sql[:-1]}, owner TEXT NOT NULL)")
+            command_id = await use()
+            await eventually(lambda: health_is(client, 503))
+            assert "owner" in (await client.get("/health", 503))["database"]
+            change(database, f"DROP TABLE {table}")
+            await is_written(command_id)
+        change(database, "ALTER TABLE devices RENAME TO others; CREATE VIEW devices AS SELECT * FROM others")
+        command_id = await use()
+        await eventually(lambda: health_is(client, 503))
+        assert "is a view" in (await client.get("/health", 503))["database"]
+        change(database, "DROP VIEW devices; ALTER TABLE others RENAME TO devices")
+        await is_written(command_id)
+        assert (await client.get("/health"))["rows_rejected"] == 0
+
+
+@in_a_loop
+async def test_start_takes_no_more_memory_than_the_run_before_it(database: Path) -> None:
+    async with gateway_on(database):
+        pass
+    answers = json.dumps({f"b{board}": {"status": "success", "payload": {"text": "x" * 60_000}} for board in range(60)})
+    now = str(amhrpd.utc_now())
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("PRAGMA synchronous = OFF")
+        commands = [(f"c{number}", "ESP32", "x", "{}", "sent", now, now, None, answers, 61, 60) for number in range(20)]
+        db.executemany(f"INSERT INTO command_logs VALUES ({','.join('?' * 11)})", commands)
+        text = json.dumps({"text": "y" * 60_000})
+        db.executemany("INSERT INTO devices VALUES (?,'ESP32',1,?,?,NULL,?)", [(f"d{n}", now, now, text) for n in range(800)])
+        snapshots = [(f"d{number}", text, now) for number in range(800)]
+        db.executemany(
+            "INSERT INTO device_state_snapshots (device_id, device_type, state_data, timestamp) VALUES (?,'ESP32',?,?)",
+            snapshots,
+        )
+    del commands, snapshots
+    async with process_on(database) as (process, client):
+        assert (await client.get("/devices/d0"))["metadata"] == {"text": "y" * 60_000}
+        status = Path(f"/proc/{process.popen.pid}/status").read_text()
+        peak_kb = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+        assert peak_kb < 200_000
+        assert (await client.get("/command-logs?status=ack_timeout&limit=1"))["total"] == 1
+
+
+# -- what is kept how long ---------------------------------------------------------------------------------------------
+
+
+@in_a_loop
+async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 10)
+    monkeypatch.setattr(amhrpd.Store, "TIDY_INTERVAL_S", 0.1)
+    await fill(database, 5)
+    old, young = (str(amhrpd.utc_now() - timedelta(days=days)) for days in (8, 6))
+    snapshots = [(number, time) for number, time in [(-200, "2036-01-01"), *((n, old) for n in range(-199, -50)), (-1, young)]]
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.executemany("INSERT INTO device_state_snapshots VALUES (?,'a','ESP32','{}',?)", snapshots)
+        db.executemany("INSERT INTO device_connection_logs VALUES (?,'a','ESP32','timeout',?,NULL)", snapshots)
+        commands = [("old", "sent", old), ("older", "no_devices", old), ("young", "ack_error", young)]
+        db.executemany("INSERT INTO command_logs VALUES (?,'x','x','{}',?,?,NULL,NULL,NULL,1,0)", commands)
+    async with gateway_on(database) as client:
+        await client.get("/state-history/a")
+        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(156,)]  # for ever is the default
+    async with gateway_on(database, keep_days=7, command_timeout_s=300) as client:
+        await eventually(lambda: client.rows("SELECT min(id) FROM device_connection_logs WHERE id > -200") == [(-1,)])
+        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(7,)]
+        await eventually(lambda: client.rows("SELECT command_id FROM command_logs ORDER BY 1") == [("old",), ("young",)])
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    """A file system of its own, in memory; skips the test where that isn't allowed."""
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)], capture_output=True).returncode != 0:
+        pytest.skip("no right to mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@in_a_loop
+async def test_small_disk_never_fills_up_and_keeps_what_is_newest(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "card", "24m"):
+        database = tmp_path / "card" / "amhrpd.db"
+        async with gateway_on(database) as client, client.board("a") as board:
+            await client.post("/command?device_type=none&command_name=first")
+            assert "notice" not in await client.get("/health")
+            for n in range(6000):  # three times as much as there is room for
+                await say(board, "status", payload={"n": n, "text": "x" * 12_000})
+                if n % 100 == 99:
+                    await eventually(lambda n=n: state_is_past(client, "a", n))  # type: ignore[misc]
+                    health = await client.get("/health")
+                    assert health["disk_free_bytes"] > 2 << 20
+            await eventually(lambda: state_is_past(client, "a", 5999))
+            states = (await client.get("/state-history/a?limit=200"))["states"]
+            assert [state["state_data"]["n"] for state in states] == list(range(5999, 5799, -1))
+            health = await client.get("/health")
+            assert (health["status"], health["rows_dropped"], health["rows_rejected"]) == ("ok", 0, 0)
+            assert "--min-free-mb" in health["notice"]
+            assert 4 << 20 < health["database_bytes"] < 20 << 20
+            ((oldest, count),) = client.rows("SELECT min(id), count(*) FROM device_state_snapshots")
+            assert (oldest > 1, count) == (True, 6000 - oldest + 1)
+            assert (await client.get("/command-logs"))["total"] == 1  # snapshots go first
+
+
+async def state_is_past(client: Client, device_id: str, n: int) -> bool:
+    state = (await client.get(f"/devices/{device_id}"))["state"]
+    return bool(state and state["n"] >= n)
+
+
+@in_a_loop
+async def test_nothing_is_deleted_where_there_is_room_or_it_is_off(tmp_path: Path) -> None:
+    for min_free_mb in (3, 0):
+        with small_disk(tmp_path / f"card{min_free_mb}", "24m"):
+            database = tmp_path / f"card{min_free_mb}" / "amhrpd.db"
+            async with gateway_on(database, min_free_mb=min_free_mb) as client, client.board("a") as board:
+                for n in range(5000):
+                    await say(board, "status", payload={"n": n, "text": "x" * 1000})
+                await eventually(lambda: state_is_past(client, "a", 4999))
+                await client.get("/state-history/a?limit=1")
+                assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(5000,)]
+                assert "notice" not in await client.get("/health")
 
 
 @in_a_loop
