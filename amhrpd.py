@@ -491,7 +491,7 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
             content = {"payload": content}
         if not isinstance(content, dict):
             raise GatewayError(Code.INVALID_MESSAGE, "the body must be a JSON object")
-        content = {name: value for name, value in content.items() if value is not None}
+        content = {name: value for name, value in content.items() if value is not None or name not in fields}
         if twice := sorted(fields.keys() & content.keys()):
             raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(twice)}: given in the query and in the body")
         fields |= content
@@ -3502,10 +3502,8 @@ class HttpConnection(web.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """What aiohttp calls with an answer; it returns when the answer is taken, but for what the kernel and 64 KB hold."""
-        if isinstance(resp, web.HTTPException):  # of the router or the library
-            allowed = {name: value for name, value in resp.headers.items() if name == "Allow"}
+        if isinstance(resp, web.HTTPException):  # an `Expect` that never reaches a route
             resp = error_response(_translate(request, resp))
-            resp.headers.update(allowed)
         if isinstance(resp, web.Response):
             self._held.note(len(resp.body) if isinstance(resp.body, bytes) else 0)
         finished = await super().finish_response(request, resp, start_time)
@@ -3803,6 +3801,10 @@ class RestApi:
             response = await self._answer(request, access, handler)
         except GatewayError as error:
             response = self._error_response(request, error)
+        except web.HTTPException as error:
+            response = self._error_response(request, _translate(request, error))
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
         except ConnectionError:
             response = self._error_response(request, GatewayError(Code.INVALID_MESSAGE, "the caller went away"))
         if access is Access.BOARDS and not response.prepared:
