@@ -2969,7 +2969,7 @@ class DeviceSocket(Connection):
     # once more for every 2 KB.
     ALLOWANCE_PER_S = 100.0
     ALLOWANCE = 100.0
-    TURN_S = 0.001  # of one that says more; then the others have theirs
+    TURN_S = 0.004  # of one that says more; then the others have theirs
 
     def __init__(
         self, gateway: Gateway, settings: Settings, request: web.Request, on_whole: Callable[[], None] = lambda: None
