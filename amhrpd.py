@@ -45,6 +45,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -495,6 +496,7 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
             content = {"payload": content}
         if not isinstance(content, dict):
             raise GatewayError(Code.INVALID_MESSAGE, "the body must be a JSON object")
+        content = {name: value for name, value in content.items() if value is not None or name not in fields}
         if twice := sorted(fields.keys() & content.keys()):
             raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(twice)}: given in the query and in the body")
         fields |= content
@@ -1037,6 +1039,7 @@ class Database:
     """
 
     SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
+    MAX_ANSWER_BYTES = 2 << 20  # of rows: a question with more ends early, after the row that is over
 
     ROOM_NOTICE_S = 3600.0  # contract, section 7
 
@@ -1168,13 +1171,20 @@ class Database:
             raise
 
     def read(self, ask: Callable[[Any], Iterable[Row]], is_over: Callable[[], bool]) -> list[Row]:
-        """What `ask` finds in the tables. Broken off when `is_over` says so. Raises STORE_ERRORS."""
+        """What `ask` finds in the tables, up to MAX_ANSWER_BYTES. Broken off when `is_over` says so. Raises STORE_ERRORS."""
         if (connected := self._dataset) is None:
             raise sqlite3.OperationalError("the database is not open")
+        rows: list[Row] = []
+        room_bytes = self.MAX_ANSWER_BYTES
         try:
             with connected as tables:
                 tables.executable.connection.dbapi_connection.set_progress_handler(is_over, 10_000)
-                return list(ask(tables))
+                for row in ask(tables):
+                    rows.append(row)
+                    room_bytes -= sum(len(value) for value in row.values() if isinstance(value, str | bytes))
+                    if room_bytes <= 0:
+                        break
+                return rows
         except sa.exc.DatabaseError as error:
             self.file.is_doubted |= is_corruption(error)
             raise
@@ -1273,8 +1283,7 @@ class Backlog:
     SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
     MIN_SHARES = 32  # no device may have more than this part of the limit
     MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
-    BATCH_SNAPSHOTS = 2000  # about 11 ms of writing here, so a command's row never waits long behind telemetry
-    BATCH_BYTES = 4 << 20  # as much as the write-ahead log has between two checkpoints
+    BATCH_BYTES = 1 << 20  # of snapshots; about 10 ms of writing here, so a command's row never waits long behind telemetry
 
     def __init__(self) -> None:
         self.known_devices: dict[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
@@ -1370,7 +1379,7 @@ class Backlog:
         return written
 
     def take(self) -> Batch:
-        """Everything for the next batch, of the snapshots the oldest up to a limit. It is in flight until `settle`."""
+        """Everything for the next batch, of the snapshots the oldest BATCH_BYTES. It is in flight until `settle`."""
         batch = Batch(
             devices={device_id: device.row() for device_id, device in self._devices.items()},
             commands=[command.row() for command in self._commands.values()],
@@ -1379,13 +1388,13 @@ class Backlog:
         )
         self._devices, self._commands, self._events, self._waiting = {}, {}, [], []
         room_bytes = self.BATCH_BYTES
-        while self._snapshots and len(batch.snapshots) < self.BATCH_SNAPSHOTS and room_bytes > 0:
+        while self._snapshots and room_bytes > 0:
             item = self._snapshots.popleft()
             if isinstance(item, asyncio.Future):
                 batch.waiting.append(item)
             else:
                 batch.snapshots.append(item)
-                room_bytes -= len(item["state_data"])
+                room_bytes -= self.SNAPSHOT_OVERHEAD_BYTES + len(item["state_data"])
         if self._snapshots:  # a backlog goes on at once
             self.is_urgent.set()
         else:
@@ -1714,7 +1723,7 @@ class Store(Writer):
 
     async def history(self, table: TableName, limit: int, **wanted: Any) -> list[Row]:
         """Rows of a history by dataset's `find`, newest first, ready to encode. Raises GatewayError, see `_read`."""
-        return await self._read(table, lambda tables: tables[table].find(order_by="-id", _limit=limit, **wanted))
+        return await self._read(table, lambda tables: tables[table].find(order_by="-id", _limit=limit, _step=20, **wanted))
 
     async def newest_commands(self, limit: int, **wanted: str | None) -> list[Row]:
         """Command rows that match COMMAND_FILTERS, newest first, ready to encode: in the order of SQLite's rowid, which a clock
@@ -1722,7 +1731,7 @@ class Store(Writer):
         """
         conditions = " AND ".join(COMMAND_FILTERS[name] for name in wanted) or "true"
         question = f"SELECT * FROM command_logs WHERE {conditions} ORDER BY rowid DESC LIMIT :limit"
-        return await self._read("command_logs", lambda tables: tables.query(question, limit=limit, **wanted))
+        return await self._read("command_logs", lambda tables: tables.query(question, limit=limit, _step=20, **wanted))
 
     async def command(self, command_id: str) -> Row | None:
         """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
@@ -2748,6 +2757,7 @@ class Gateway:
 
     HEARTBEAT_SAVE_INTERVAL_S = 60.0  # a device's last activity reaches the disk this often, and at its end
     STOP_TIMEOUT_S = 5.0  # for all boards to echo the close
+    LANE_PAUSE_S = 0.001  # between the turns of those that flood: for the others, and for the writer's thread
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
@@ -2908,7 +2918,7 @@ class Gateway:
     async def take_turn(self, device_id: str) -> None:
         """What a board that floods owes the others: its turn, and a disk that keeps up."""
         async with self._lane:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.LANE_PAUSE_S)
         if self._store.has_its_share_waiting(device_id):
             await self._store.flush(Dispatch.PERSIST_TIMEOUT_S)
 
@@ -3002,11 +3012,15 @@ class DeviceSocket(Connection):
     # once more for every 2 KB.
     ALLOWANCE_PER_S = 100.0
     ALLOWANCE = 100.0
-    TURN_S = 0.001  # of one that says more; then the others have theirs
+    TURN_S = 0.004  # of one that says more; then the others have theirs
 
-    def __init__(self, gateway: Gateway, settings: Settings, request: web.Request) -> None:
+    def __init__(
+        self, gateway: Gateway, settings: Settings, request: web.Request, on_whole: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_whole` is called when a message is there whole."""
         super().__init__(request.match_info["device_id"], peer_of(request))
         self._gateway = gateway
+        self._on_whole = on_whole
         self._registration_timeout_s = settings.registration_timeout_s
         self._request = request
         self._farewell: tuple[str, int, str] | None = None  # event, code, reason
@@ -3116,6 +3130,7 @@ class DeviceSocket(Connection):
         """Receive until the connection ends."""
         while True:
             frame = await self._socket.receive()
+            self._on_whole()
             match frame.type:
                 case WSMsgType.TEXT | WSMsgType.BINARY:
                     try:
@@ -3153,10 +3168,20 @@ class DeviceSocket(Connection):
         self._allowance = min(self.ALLOWANCE, self._allowance + (now_s - self._counted_s) * self.ALLOWANCE_PER_S)
         self._allowance -= 1 + size_bytes / 2048
         self._counted_s = now_s
-        if self._allowance < 0 and now_s >= self._turn_ends_s:
-            self._allowance = max(self._allowance, -self.ALLOWANCE)
-            await self._gateway.take_turn(self.device_id)
-            self._turn_ends_s = time.monotonic() + self.TURN_S
+        if self._allowance >= 0 or now_s < self._turn_ends_s:
+            return
+        if self.device is None:
+            self._gateway.end(self, WSCloseCode.POLICY_VIOLATION, "said too much before it registered")
+        self._allowance = max(self._allowance, -self.ALLOWANCE)
+        transport = self._request.transport
+        if transport is None or not transport.is_reading():
+            transport = None  # the library holds it up itself
+        else:
+            transport.pause_reading()  # what waits, waits at the board
+        await self._gateway.take_turn(self.device_id)
+        if transport is not None:
+            transport.resume_reading()
+        self._turn_ends_s = time.monotonic() + self.TURN_S
 
     async def _refuse(self, error: GatewayError) -> None:
         if self._farewell is not None and self.device is not None:
@@ -3172,15 +3197,19 @@ class DeviceSocket(Connection):
 # REST
 # ======================================================================================================================
 
-MAX_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 128 << 10  # a command's 1,000 longest ids, its payload and its deadman's
 MAX_LINE_BYTES = 64 << 10  # a payload as long as a board takes, every byte of it escaped in the query
 MAX_HEADER_BYTES = 8190
 BODY_TIMEOUT_S = 10.0
+STREAM_BYTES = 64 << 10
 UNREAD_TIMEOUT_S = 30.0  # for a peer that takes nothing of what waits for it, which would stay in memory for ever
 
 # Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
 # that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
 _PRIVATE_DOMAINS = (".local", ".localhost", ".home.arpa", ".internal", ".lan", ".home")
+
+_HOW_TO_SHOW_IT = "send the header `Authorization: Bearer <token>`, or the token as a Basic password; the gateway has it from "
+_ORIGINS_CAN_ALLOW_IT = "AMHRPD_ALLOWED_ORIGINS can allow it"
 
 # What a browser asks before it lets a page of an allowed origin call with JSON or a token (the Fetch standard's CORS).
 _PREFLIGHT_HEADERS = {
@@ -3203,6 +3232,34 @@ class Access(enum.Enum):
 def json_response(content: object, status: int = 200) -> web.Response:
     """JSON, with a line end for those who read it in a shell."""
     return web.Response(body=to_json(content).encode() + b"\n", status=status, content_type="application/json")
+
+
+def history_response(name: str, rows: Sequence[Row], limit: int, **about: str) -> web.Response:
+    """Rows, newest first. One that ended early, at MAX_ANSWER_BYTES, says with what parameter the next one goes on."""
+    answer = {**about, "total": len(rows), name: rows}
+    response = json_response(answer)
+    if len(rows) < limit and isinstance(response.body, bytes) and len(response.body) > Database.MAX_ANSWER_BYTES:
+        goes_on = {"before_id": rows[-1]["id"]} if "id" in rows[-1] else {"until": rows[-1]["created_at"]}
+        response = json_response({**answer, **goes_on})
+    return response
+
+
+async def stream(request: web.Request, content_type: str, parts: Iterable[bytes]) -> web.StreamResponse:
+    """An answer of any length that is made as it is taken: no more than STREAM_BYTES of it wait in memory."""
+    response = web.StreamResponse(headers={"Content-Type": content_type})
+    waiting = bytearray()
+    for part in parts:
+        waiting += part
+        if len(waiting) >= STREAM_BYTES:
+            if not response.prepared:
+                await response.prepare(request)
+            await response.write(bytes(waiting))
+            await request.writer.drain()
+            waiting.clear()
+    if not response.prepared:
+        return web.Response(body=bytes(waiting), content_type=content_type)
+    await response.write_eof(bytes(waiting))
+    return response
 
 
 def error_response(error: GatewayError) -> web.Response:
@@ -3365,7 +3422,7 @@ async def _body(request: web.Request) -> bytes:
         raise GatewayError(Code.INVALID_MESSAGE, f"the body ended early or is broken: {type(error).__name__}") from None
 
 
-def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
+def _translate(request: web.BaseRequest, error: web.HTTPException) -> GatewayError:
     """The gateway's own error for one that the router or the HTTP library raised."""
     match error.status:
         case 404:
@@ -3380,15 +3437,13 @@ def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
             return GatewayError(Code.INVALID_FIELD_VALUE, error.text or error.reason)
 
 
-def _is_own_origin(origin: str, host: str) -> bool:
-    scheme, _, authority = normal_origin(origin).partition("://")
-    if scheme not in ("http", "https") or authority != normal_origin(f"{scheme}://{host}").partition("://")[2]:
-        return False
-    name = authority.rsplit(":", 1)[0] if not authority.endswith("]") else authority
+def _is_private(host: str) -> bool:
+    """Whether a `Host` is an address or a name that nobody outside can own."""
+    name = host.lower().rsplit(":", 1)[0] if not host.endswith("]") else host
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name.strip("[]"))
         return True
-    return "." not in name or name.endswith(_PRIVATE_DOMAINS)
+    return "." not in name.rstrip(".") or name.rstrip(".").endswith(_PRIVATE_DOMAINS)
 
 
 def _shows_token(request: web.Request, token: str | None, *, in_query: bool = False) -> bool:
@@ -3411,14 +3466,48 @@ def _shows_token(request: web.Request, token: str | None, *, in_query: bool = Fa
     return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
 
 
+class Held:
+    """What all connections together hold: of requests and messages that aren't whole yet, and of answers that nobody takes.
+
+    Over the limit those that hold most are let go; a board or a caller that gets on holds next to nothing.
+    """
+
+    LIMIT_BYTES = 12 << 20  # headers take two and a half times as much once they are parsed
+    LOOK_BYTES = 2 << 20  # of traffic between two looks, which take a millisecond with 4,000 connections
+
+    def __init__(self, server: web.Server) -> None:
+        self._server = server
+        self._unseen_bytes = 0
+
+    def note(self, size_bytes: int) -> None:
+        """So much came in, or is about to go out."""
+        self._unseen_bytes += size_bytes
+        if self._unseen_bytes < self.LOOK_BYTES:
+            return
+        self._unseen_bytes = 0
+        connections = [connection for connection in self._server.connections if isinstance(connection, HttpConnection)]
+        held_bytes = sum(connection.held_bytes for connection in connections)
+        if held_bytes <= self.LIMIT_BYTES:
+            return
+        for connection in sorted(connections, key=operator.attrgetter("held_bytes"), reverse=True):
+            held_bytes -= connection.held_bytes
+            connection.let_go()
+            if held_bytes <= self.LIMIT_BYTES * 3 // 4:  # so that not every look has to
+                break
+
+
 class HttpConnection(web.RequestHandler):
     """A caller's connection. What is no HTTP gets an error of the same shape as all others, and no traceback in the log."""
 
-    __slots__ = ("_is_full",)
+    __slots__ = ("_held", "_is_full", "_unfinished_bytes")
 
-    def __init__(self, server: web.Server, *, is_full: bool, **options: Any) -> None:
+    READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB: then the next one that sent something has its turn
+
+    def __init__(self, server: web.Server, *, held: Held, is_full: bool, **options: Any) -> None:
         super().__init__(server, **options)
+        self._held = held
         self._is_full = is_full
+        self._unfinished_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """What asyncio calls first. The kernel drops the connection when its peer takes nothing for UNREAD_TIMEOUT_S."""
@@ -3428,6 +3517,42 @@ class HttpConnection(web.RequestHandler):
             transport.close()
             return
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
+        with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
+            transport.max_size = self.READ_BYTES  # type: ignore[attr-defined]
+
+    @property
+    def held_bytes(self) -> int:
+        """What it has sent that isn't whole yet, and has not taken of what is for it."""
+        return self._unfinished_bytes + (self.transport.get_write_buffer_size() if self.transport is not None else 0)
+
+    def let_go(self) -> None:
+        """End it at once."""
+        log.warning("connection_let_go", problem="too much is unfinished", held_bytes=self.held_bytes)
+        if self.transport is not None:
+            self.transport.abort()
+
+    def note_whole(self) -> None:
+        """A message is there whole, or a request is answered."""
+        self._unfinished_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        """What asyncio calls with what a peer sends."""
+        self._unfinished_bytes += len(data)
+        self._held.note(len(data))
+        super().data_received(data)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """What aiohttp calls with an answer; it returns when the answer is taken, but for what the kernel and 64 KB hold."""
+        if isinstance(resp, web.HTTPException):  # an `Expect` that never reaches a route
+            resp = error_response(_translate(request, resp))
+        if isinstance(resp, web.Response):
+            self._held.note(len(resp.body) if isinstance(resp.body, bytes) else 0)
+        finished = await super().finish_response(request, resp, start_time)
+        if not self._messages:  # of several requests sent at once
+            self.note_whole()
+        return finished
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -3441,9 +3566,11 @@ class HttpConnection(web.RequestHandler):
                 Code.PAYLOAD_TOO_LARGE, f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}"
             )
         elif status < 500:
-            error = GatewayError(
-                Code.INVALID_MESSAGE, f"not valid HTTP: {str(message or exc).strip().partition(chr(10))[0][:100]}"
+            text = str(message or exc).strip().partition("\n")[0][:100].rstrip(":")
+            hint = ". What isn't ASCII is written with % there: ü as %C3%BC (curl -G --data-urlencode does it)" * (
+                "url" in text
             )
+            error = GatewayError(Code.INVALID_MESSAGE, f"not valid HTTP: {text}{hint}")
         else:
             log.error("request_failed", method=request.method, path=request.path, exc_info=exc)
             error = GatewayError(Code.INTERNAL_ERROR, "internal error; the gateway's log says more")
@@ -3516,15 +3643,12 @@ ReadRows = Callable[..., Awaitable[list[Row]]]
 """What gives up to `limit` rows that match filters, newest first."""
 
 
-async def send_csv(
-    request: web.Request, query: HistoryQuery | CommandLogsQuery, read: ReadRows, headers: Mapping[str, str]
-) -> web.StreamResponse:
+async def send_csv(request: web.Request, query: HistoryQuery | CommandLogsQuery, read: ReadRows) -> web.StreamResponse:
     """The rows that a query wants as a download, written out as they are read."""
     rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
     name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
     response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}.csv"'})
     response.content_type, response.charset = "text/csv", "utf-8"
-    response.headers.update(headers)
     await response.prepare(request)
     sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
     left = query.limit
@@ -3726,11 +3850,13 @@ class RestApi:
         self._access: dict[object, Access] = {handler: access for _, _, handler, access in self._table}
 
     def routes(self) -> list[web.RouteDef]:
-        """Every route, plain and under /api."""
+        """Every route, plain and under /api, and each with a slash at its end too."""
         return [
-            web.route(method, prefix + path, handler, expect_handler=_continue)
-            for prefix in ("", "/api")
-            for method, path, handler, _ in self._table
+            web.route(method, path, handler, expect_handler=_continue)
+            for method, route, handler, _ in self._table
+            for plain in (route.rstrip("/"), "/api" + route.rstrip("/"))
+            for path in (plain, plain + "/")
+            if path
         ]
 
     # -- access and errors ---------------------------------------------------------------------------------------------
@@ -3747,25 +3873,23 @@ class RestApi:
             response = self._error_response(request, _translate(request, error))
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
-        except Exception:
-            log.exception("request_failed", method=request.method, path=request.path)
-            response = self._error_response(
-                request, GatewayError(Code.INTERNAL_ERROR, "internal error; the gateway's log says more")
-            )
-        if response.prepared:
-            return response
-        if access is Access.BOARDS:
+        except ConnectionError:
+            response = self._error_response(request, GatewayError(Code.INVALID_MESSAGE, "the caller went away"))
+        if access is Access.BOARDS and not response.prepared:
             response.force_close()  # a refused board says more, which is no request (contract, section 1)
-        response.headers.update(self._cors_headers(request))
         return response
 
-    def _cors_headers(self, request: web.Request) -> dict[str, str]:
-        """What lets an allowed page read the answer."""
-        if not self._is_from_allowed_page(request):
-            return {}
-        return {"Access-Control-Allow-Origin": request.headers["Origin"], "Vary": "Origin"}
+    async def dress(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Give every answer, before its head goes out, the headers that it needs."""
+        if self._is_from_allowed_page(request):
+            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+            response.headers["Vary"] = "Origin"
 
     async def _answer(self, request: web.Request, access: Access, handler: Handler) -> web.StreamResponse:
+        try:
+            "".join(request.headers.values()).encode()
+        except UnicodeEncodeError:
+            raise GatewayError(Code.INVALID_MESSAGE, "not valid HTTP: a header that is not UTF-8") from None
         self._check_origin(request, access)
         is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
         if is_preflight and self._is_from_allowed_page(request):
@@ -3779,6 +3903,8 @@ class RestApi:
             log.warning("request_refused", peer=peer_of(request), path=request.path, error=str(error))
         else:
             log.debug("request_refused", method=request.method, path=request.path, error_code=error.code.name, error=str(error))
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer was under way")
         response = error_response(error)
         if error.status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="AMHR-PD", Basic realm="AMHR-PD"'
@@ -3786,14 +3912,21 @@ class RestApi:
 
     def _check_origin(self, request: web.Request, access: Access) -> None:
         """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
-        origin = request.headers.get("Origin")
-        if origin is None or self._is_from_allowed_page(request) or _is_own_origin(origin, request.host):
+        headers = request.headers
+        origin, host = headers.get("Origin"), headers.get("Host", "")
+        if access is Access.BOARDS and origin in (None, "file://"):
+            return  # every board in the field says so, whatever host was compiled in (contract, section 1)
+        if self._is_from_allowed_page(request):
             return
-        if origin == "file://" and access is Access.BOARDS:
-            return  # every board in the field says so (contract, section 1)
-        raise GatewayError(
-            Code.FORBIDDEN, f"the origin {origin[:100]!r} is not allowed here; AMHRPD_ALLOWED_ORIGINS can allow it"
-        )
+        authorities = {normal_origin(f"{scheme}://{host}") for scheme in ("http", "https")}
+        if not _is_private(host) and not authorities & self._origins:
+            raise GatewayError(Code.FORBIDDEN, f"the host {host[:100]!r} is not known here; {_ORIGINS_CAN_ALLOW_IT}")
+        if origin is not None and normal_origin(origin) not in authorities:
+            raise GatewayError(Code.FORBIDDEN, f"the origin {origin[:100]!r} is not allowed here; {_ORIGINS_CAN_ALLOW_IT}")
+        is_link = (request.method, request.path, headers.get("Sec-Fetch-Dest", "document")) == ("GET", "/", "document")
+        is_link &= headers.get("Sec-Fetch-Mode") == "navigate"
+        if origin is None and headers.get("Sec-Fetch-Site") == "cross-site" and not is_link:
+            raise GatewayError(Code.FORBIDDEN, "a web page from elsewhere asks for this, and doesn't say which")
 
     def _is_from_allowed_page(self, request: web.Request) -> bool:
         return normal_origin(request.headers.get("Origin", "")) in self._origins
@@ -3801,9 +3934,9 @@ class RestApi:
     def _check_token(self, request: web.Request, access: Access) -> None:
         """Raise UNAUTHORIZED where a token is set and the request doesn't show it."""
         if access is Access.BOARDS and not _shows_token(request, self._settings.device_token, in_query=True):
-            raise GatewayError(Code.UNAUTHORIZED, "a valid device token is required")
+            raise GatewayError(Code.UNAUTHORIZED, f"a valid device token is required: {_HOW_TO_SHOW_IT}AMHRPD_DEVICE_TOKEN")
         if access is Access.CALLERS and not _shows_token(request, self._settings.api_token):
-            raise GatewayError(Code.UNAUTHORIZED, "a valid API token is required")
+            raise GatewayError(Code.UNAUTHORIZED, f"a valid API token is required: {_HOW_TO_SHOW_IT}AMHRPD_API_TOKEN")
 
     # -- handlers ------------------------------------------------------------------------------------------------------
 
@@ -3814,8 +3947,9 @@ class RestApi:
         if self._gateway.is_stopping:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
         try:
-            return await DeviceSocket(self._gateway, self._settings, request).serve()
-        except web.HTTPBadRequest:
+            assert isinstance(request.protocol, HttpConnection)
+            return await DeviceSocket(self._gateway, self._settings, request, request.protocol.note_whole).serve()
+        except (web.HTTPBadRequest, ValueError):
             raise GatewayError(
                 Code.INVALID_FIELD_VALUE, "boards connect here: a WebSocket handshake is expected, of version 13"
             ) from None
@@ -3829,12 +3963,17 @@ class RestApi:
             health = {"status": health["status"]}
         return json_response(health, status)
 
-    async def devices(self, request: web.Request) -> web.Response:
+    async def devices(self, request: web.Request) -> web.StreamResponse:
         """`GET /devices`."""
         query = parse_query(request, DevicesQuery)
         is_online = None if query.online is None else query.online == "true"
         devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
-        return json_response({"total": len(devices), "devices": [device.record() for device in devices]})
+        parts = itertools.chain(
+            [f'{{"total":{len(devices)},"devices":['],
+            (("," if number else "") + to_json(device.record()) for number, device in enumerate(devices)),
+            ["]}\n"],
+        )
+        return await stream(request, "application/json", map(str.encode, parts))
 
     async def device(self, request: web.Request) -> web.Response:
         """`GET /devices/{device_id}`."""
@@ -3847,11 +3986,9 @@ class RestApi:
         assert request.transport is not None
         names, device_ids = (None if text is None else text.split(",") for text in (query.event, query.device_id))
         listener = Listener(request.transport.abort, names, device_ids, query.device_type)
-        events, headers = self._gateway.events, self._cors_headers(request)
+        events = self._gateway.events
         with events.listening(listener), contextlib.suppress(ConnectionError, aiohttp.ClientError):
-            async with sse_response(
-                request, headers=headers, ping_interval=SILENCE_S, send_timeout=UNREAD_TIMEOUT_S
-            ) as response:
+            async with sse_response(request, ping_interval=SILENCE_S, send_timeout=UNREAD_TIMEOUT_S) as response:
                 async for piece in events.follow(listener, response.last_event_id):
                     if not response.is_connected():
                         break
@@ -3916,8 +4053,8 @@ class RestApi:
         """The rows of a history, newest first: JSON with what they are about, or CSV as it is read."""
         if query.format == "json":
             rows = await read(query.limit, **query.filters())
-            return json_response({**about, "total": len(rows), query.rows_name: rows})
-        return await send_csv(request, query, read, self._cors_headers(request))
+            return history_response(query.rows_name, rows, query.limit, **about)
+        return await send_csv(request, query, read)
 
     async def metrics(self, request: web.Request) -> web.Response:
         """`GET /metrics`."""
@@ -4168,15 +4305,17 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def let_in(server: web.Server, limit: int) -> web.RequestHandler:
+def let_in(server: web.Server, held: Held, limit: int) -> web.RequestHandler:
     """What serves a connection that arrives. Those over the limit are closed, and those that are in stay."""
     return HttpConnection(
         server,
+        held=held,
         is_full=len(server.connections) >= limit,
         loop=asyncio.get_running_loop(),
         access_log=None,  # none: the lines would cost more than the requests
         keepalive_timeout=KEEPALIVE_TIMEOUT_S,
         lingering_time=LINGERING_TIME_S,
+        read_bufsize=HttpConnection.READ_BYTES,
         max_line_size=MAX_LINE_BYTES,
         max_field_size=MAX_HEADER_BYTES,
         auto_decompress=False,
@@ -4252,6 +4391,7 @@ def build_app(settings: Settings) -> web.Application:
     app[GATEWAY] = gateway
     app[STORE] = store
     app.add_routes(rest.routes())
+    app.on_response_prepare.append(rest.dress)
 
     async def run_store(_: web.Application) -> AsyncIterator[None]:
         await store.open()
@@ -4359,7 +4499,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
         assert runner.server is not None
         stack.push_async_callback(ending.step, "goodbye", app[GATEWAY].stop)
         tls_options = {"ssl": tls, "ssl_handshake_timeout": TLS_HANDSHAKE_TIMEOUT_S} if tls else {}
-        servers = await listen(settings, functools.partial(let_in, runner.server, limit), **tls_options)
+        servers = await listen(settings, functools.partial(let_in, runner.server, Held(runner.server), limit), **tls_options)
         for server in servers:
             stack.callback(server.close)
         stack.enter_context(rare_collections())

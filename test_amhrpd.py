@@ -1862,6 +1862,7 @@ async def test_openapi_describes_every_route_for_callers(database: Path) -> None
         assert document["security"] == [{}, {"bearer": []}, {"basic": []}]
         described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
         served = {(route.method, route.resource.canonical) for route in client.runner.app.router.routes() if route.resource}
+        served = {(method, path) for method, path in served if path == "/" or not path.endswith("/")}
         for_people_and_boards = {"/", "/ws/{device_id}"}
         assert described == {(method, path) for method, path in served if method != "HEAD" and not path.startswith("/api")} - {
             ("GET", path) for path in for_people_and_boards
@@ -3788,7 +3789,7 @@ async def test_caller_that_takes_nothing_of_its_answer_is_dropped(database: Path
         await eventually(lambda: '"n":199,' in str(getattr(client.gateway.registry.find("a"), "state", "")))
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
         began_s = time.monotonic()
-        writer.write(b"GET /state-history/a?limit=1000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /state-history/a?limit=1000 HTTP/1.1\r\nHost: x\r\n\r\n" * 8)
         await eventually(lambda: waiting_bytes(client) > 0)
         await eventually(lambda: waiting_bytes(client) == 0)
         assert time.monotonic() - began_s > 0.4
@@ -3889,6 +3890,307 @@ async def test_memory_for_what_boards_say_of_themselves_is_bounded(database: Pat
 # ======================================================================================================================
 # Nobody let in: callers
 # ======================================================================================================================
+
+
+# ======================================================================================================================
+# Bounds under load
+# ======================================================================================================================
+
+
+def resident_mb(process: Process) -> float:
+    status = Path(f"/proc/{process.popen.pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+
+
+HEADERS_WITHOUT_END = b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 8000) for n in range(100))
+HALF_A_MESSAGE = Wire.frame(b"x" * 65000, mask=b"\0\0\0\0")[:64000]
+
+
+@pytest.mark.parametrize(
+    ("count", "sent"),
+    [
+        (160, HEADERS_WITHOUT_END),
+        (700, b"GET /" + b"x" * 65000),
+        (400, b"POST /command HTTP/1.1\r\nHost: x\r\nContent-Length: 130000\r\n\r\n" + b"x" * 120_000),
+        (700, Wire.HANDSHAKE.format(device_id="half").encode() + HALF_A_MESSAGE),
+    ],
+    ids=["headers", "request lines", "bodies", "messages"],
+)
+@in_a_loop
+async def test_what_is_never_whole_takes_a_bounded_amount_of_memory(database: Path, count: int, sent: bytes) -> None:
+    async with process_on(database) as (process, client), client.board("good") as board, background(answer_commands(board)):
+        before_mb = resident_mb(process)
+
+        async def hold() -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+            with contextlib.suppress(ConnectionError):
+                writer.write(sent)
+                await writer.drain()
+                await reader.read(1 << 20)
+                await asyncio.sleep(PATIENCE_S)
+
+        async with background(*(hold() for _ in range(count))):
+            for _ in range(20):
+                assert (await client.post("/command?device_id=good&command_name=x&wait=10"))["status"] == "ack_success"
+                await asyncio.sleep(0.05)
+            await eventually(lambda: "connection_let_go" in process.log)
+            assert resident_mb(process) - before_mb < 75
+
+
+@in_a_loop
+async def test_answers_that_nobody_takes_are_bounded_and_those_who_read_get_theirs(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd.Held, "LIMIT_BYTES", 4 << 20)
+    async with gateway_on(database) as client, client.board("a", metadata={"text": "m" * 60000}) as board:
+        for _ in range(40):
+            await say(board, "status", payload={"text": "x" * 60000})
+        await say(board, "status", payload={"is": "last"})
+        await eventually(lambda: state_is(client, "a", {"is": "last"}))
+        path = "/state-history/a?limit=1000"
+        with contextlib.ExitStack() as held:
+            for _ in range(8):
+                caller = held.enter_context(socket.socket())
+                caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                caller.connect(("127.0.0.1", client.port))
+                caller.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() * 4)  # the kernel takes some
+            connections = client.server.connections
+            await eventually(lambda: waiting_bytes(client) > 3 << 20)
+            while sum(connection.transport is not None for connection in connections) > 7:
+                assert (await client.get(path))["total"] > 30
+                connections = client.server.connections
+            assert waiting_bytes(client) < 8 << 20  # the limit, and what came since the last look
+
+
+@in_a_loop
+async def test_history_that_is_too_long_ends_early_and_says_where_it_goes_on(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd.Database, "MAX_ANSWER_BYTES", 50_000)
+    async with gateway_on(database) as client, client.board("a") as board:
+        for n in range(30):
+            await say(board, "status", payload={"n": n, "text": "x" * 9000})
+            await client.post("/command?device_type=none&command_name=x", {"n": n, "text": "x" * 9000})
+        await eventually(lambda: '"n":29,' in str(getattr(client.gateway.registry.find("a"), "state", "")))
+        for path, rows, key, content in (
+            ("/state-history/a?limit=1000", "states", "before_id", "state_data"),
+            ("/command-logs?limit=1000", "logs", "until", "payload"),
+        ):
+            seen: list[int] = []
+            page = await client.get(path)
+            while key in page:
+                assert page["total"] == len(page[rows]) < 10
+                seen += [row[content]["n"] for row in page[rows]]
+                page = await client.get(f"{path}&{key}={page[key]}")
+            seen += [row[content]["n"] for row in page[rows]]
+            assert list(dict.fromkeys(seen)) == list(range(29, -1, -1))
+        assert "before_id" not in await client.get("/state-history/a?limit=3")
+
+
+@in_a_loop
+async def test_all_devices_are_one_answer_that_is_made_as_it_is_taken(database: Path) -> None:
+    page = "https://dashboard.example"
+    async with gateway_on(database, allowed_origins=page) as client, contextlib.AsyncExitStack() as boards:
+        for n in range(120):
+            await boards.enter_async_context(client.board(f"b{n}", metadata={"text": "m" * 60000}))
+        devices = await client.get("/devices")
+        assert devices["total"] == len(devices["devices"]) == 120
+        assert {device["metadata"]["text"] for device in devices["devices"]} == {"m" * 60000}
+        _, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
+        writer.write(b"GET /devices HTTP/1.1\r\nHost: x\r\n\r\n")
+        await eventually(lambda: waiting_bytes(client) > 0)
+        assert waiting_bytes(client) < 400_000
+        writer.transport.abort()
+        origin = {"Origin": page}
+        async with client.session.get(f"http://127.0.0.1:{client.port}/devices", headers=origin) as response:
+            assert response.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+
+
+@pytest.mark.parametrize(
+    ("count", "frame"),
+    [
+        (3, Wire.frame(b"", opcode=9)),
+        (50, Wire.frame(b'{"message_type":"status","payload":{"t":"%s"}}' % (b"x" * 2000))),
+        (30, Wire.frame(b'{"message_type":"status","payload":{"t":"%s"}}' % (b"x" * 60000))),
+    ],
+    ids=["pings", "statuses", "large statuses"],
+)
+@in_a_loop
+async def test_floods_hold_up_no_command_and_cost_no_status_of_others(database: Path, count: int, frame: bytes) -> None:
+    async def flood(number: int) -> None:
+        wire = await Wire.connect(client.port, f"flood_{number}")
+        wire.send(REGISTRATION)
+
+        async def read() -> None:
+            while await wire.reader.read(1 << 16):
+                pass
+
+        async with background(read()):
+            while True:
+                wire.writer.write(frame * max(1, 20_000 // len(frame)))
+                await wire.writer.drain()
+
+    async with process_on(database) as (_, client), client.board("good") as board:
+        times_s = []
+        async with background(*(flood(number) for number in range(count))):
+            await asyncio.sleep(0.5)
+            for n in range(25):
+                await say(board, "status", payload={"n": n})
+                began_s = time.monotonic()
+                assert (await client.post("/command?device_id=good&command_name=stop"))["status"] == "sent"
+                times_s.append(time.monotonic() - began_s)
+                await asyncio.sleep(0.05)
+        assert sorted(times_s)[12] < 0.2  # half of it on a machine that does nothing else
+        assert (await client.get("/state-history/good"))["total"] == 25
+
+
+@in_a_loop
+async def test_who_floods_without_having_registered_is_let_go(database: Path) -> None:
+    async with gateway_on(database) as client:
+        wire = await Wire.connect(client.port, "a")
+        for _ in range(300):
+            wire.send(b"", opcode=9)
+        while (await wire.receive())[0] & 15 != 8:
+            pass
+        await wire.close()
+
+
+@in_a_loop
+async def test_names_of_others_for_our_address_read_nothing(database: Path) -> None:
+    async with gateway_on(database, allowed_origins="https://dashboard.example") as client:
+        for host, status in (
+            ("evil.example", 403),
+            ("evil.example:8000", 403),
+            ("127.0.0.1.evil.example", 403),
+            ("127.0.0.1", 200),
+            ("[::1]:8000", 200),
+            ("pi", 200),
+            ("pi.local:8000", 200),
+            ("PI.LAN", 200),
+            ("dashboard.example", 200),
+        ):
+            for path in ("/health", "/devices", "/api/command-logs"):
+                answer = await client.get(path, status, headers={"Host": host})
+                assert status == 200 or answer["error_code"] == "FORBIDDEN"
+        wire = await Wire.connect(client.port, "a")
+        assert b" 101 " in wire.head
+        await wire.close()
+        elsewhere = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+        await client.post("/command?device_type=none&command_name=x", status=403, headers=elsewhere)
+        await client.get("/devices", 403, headers=elsewhere)
+        await client.get("/devices", headers=elsewhere | {"Sec-Fetch-Site": "same-origin"})
+        link = elsewhere | {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+        await client.get("/devices", 403, headers=link)
+        async with client.session.get(f"http://127.0.0.1:{client.port}/", headers=link) as response:
+            assert response.status != 403
+        async with client.session.get(
+            f"http://127.0.0.1:{client.port}/", headers=link | {"Sec-Fetch-Dest": "iframe"}
+        ) as response:
+            assert response.status == 403
+
+
+@in_a_loop
+async def test_whatever_bytes_a_head_has_the_error_has_the_common_shape(database: Path) -> None:
+    handshake = Wire.HANDSHAKE.format(device_id="a").encode()
+    get = b"GET /devices HTTP/1.1\r\nHost: x\r\n"
+    heads = [
+        (handshake.replace(b"Connection: Upgrade", b"Connection: \xff"), 400),
+        (handshake.replace(b"websocket\r", b"web\xffsocket\r"), 400),
+        (handshake.replace(b"Key: dGhl", b"Key: \xff"), 400),
+        (handshake.replace(b"Key: dGhl", "Key: ü".encode()), 400),
+        (get + b"Authorization: \xff\r\n\r\n", 400),
+        (get + b"Origin: http://\xff\r\n\r\n", 400),
+        (b"GET /nothing HTTP/1.1\r\nHost: x\r\nExpect: miracles\r\n\r\n", 400),
+        (b"PUT /devices HTTP/1.1\r\nHost: x\r\nExpect: miracles\r\n\r\n", 400),
+        ("GET /devices?device_type=Küche HTTP/1.1\r\nHost: x\r\n\r\n".encode(), 400),
+    ]
+    with logged() as events:
+        async with gateway_on(database) as client:
+            for head, status in heads:
+                reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+                writer.write(head)
+                async with asyncio.timeout(PATIENCE_S):
+                    answer = await reader.readuntil(b"}\n")
+                assert answer.split()[1] == b"%d" % status, answer
+                assert set(json.loads(answer.partition(b"\r\n\r\n")[2])) == {"error", "error_code"}
+                writer.close()
+            assert b"%C3%BC" in answer  # the last one says what to write
+            for _ in range(20):
+                _, writer = await asyncio.open_connection("127.0.0.1", client.port)
+                writer.write(handshake)
+                writer.transport.abort()
+            await client.get("/health")
+    assert [event for event in events if event.get("level") == "error" or "exception" in event] == []
+
+
+@in_a_loop
+async def test_every_route_has_a_slash_at_its_end_too(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a"):
+        command_id = (await client.post("/command/?device_id=a&command_name=x"))["command_id"]
+        for path in (
+            "/health",
+            "/devices",
+            "/devices/a",
+            "/state-history/a",
+            "/command-logs",
+            f"/command-logs/{command_id}",
+            "/device-connection-history/a",
+        ):
+            for prefix in ("", "/api"):
+                await client.get(f"{prefix}{path}/")
+        for path in ("/ws/b/", "/api/ws/c/"):
+            async with await websockets.connect(f"ws://127.0.0.1:{client.port}{path}", proxy=None):
+                pass
+        await eventually(lambda: client.get("/devices/"))
+        await client.ask("DELETE", "/api/devices/nobody/")
+
+
+@in_a_loop
+async def test_marks_in_front_and_padding_behind_are_passed_over(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        for n, (front, behind) in enumerate((("\ufeff", ""), ("", "\0" * 40), ("\ufeff", " \r\n\0\0"))):
+            await board.send(f'{front}{{"message_type":"status","payload":{{"n":{n}}}}}{behind}')
+            await eventually(functools.partial(state_is, client, "a", {"n": n}))
+            body = f'{front}{{"device_id":"a","command_name":"x","payload":{{"n":{n}}}}}{behind}'.encode()
+            assert (await client.post("/command", body))["payload"] == {"n": n}
+
+
+@in_a_loop
+async def test_null_is_as_if_left_out_and_texts_are_no_numbers(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        whole = {"device_type": "ESP32", "device_id": "a", "payload": {}, "timeout": 5, "wait": 0, "deadman": None}
+        for name in whole:
+            if name != "deadman":
+                body = whole | {name: None, "command_name": "x"}
+                assert (await client.post("/command", body))["status"] == "sent", name
+        deadman = {"after": 60, "command_name": "stop", "payload": None}
+        await client.post("/command", {"device_id": "a", "command_name": "x", "deadman": deadman})
+        await client.post("/command?device_id=a", {"device_id": None, "command_name": "x"})
+        for name in ("timeout", "wait"):
+            answer = await client.post("/command", {"device_id": "a", "command_name": "x", name: "5"}, 400)
+            assert answer["error_code"] == "INVALID_FIELD_TYPE"
+            await client.post(f"/command?device_id=a&command_name=x&{name}=null", status=400)
+        await say(board, "registration", device_type="ESP32", metadata=None)
+        command_id = (await client.post("/command", {"device_id": "a", "command_name": "y"}))["command_id"]
+        for _ in range(9):
+            frame = json.loads(await board.recv())
+            if frame.get("command_id") == command_id:
+                break
+        fields = {"status": None, "payload": None, "execution_time": None, "device_type": None}
+        await say(board, "command_ack", command_id=command_id, **fields)
+        await eventually(lambda: row_has(client, f"/command-logs/{command_id}", status="ack_success"))
+
+
+@in_a_loop
+async def test_errors_say_what_to_do(database: Path) -> None:
+    async with gateway_on(database, api_token="token-of-callers", device_token="token-of-boards") as client:
+        answer = await client.get("/devices", 401)
+        assert "Authorization: Bearer" in answer["error"]
+        assert "AMHRPD_API_TOKEN" in answer["error"]
+        assert "AMHRPD_DEVICE_TOKEN" in (await client.get("/ws/a", 401))["error"]
+        form = {"Authorization": "Bearer token-of-callers", "Content-Type": "application/x-www-form-urlencoded"}
+        answer = await client.post("/command?device_type=a&command_name=x", b"count=5", 400, headers=form)
+        assert '{"count": 5}' in answer["error"]
 
 
 def basic(user: str, password: str) -> dict[str, str]:
