@@ -1181,7 +1181,7 @@ class Database:
                 tables.executable.connection.dbapi_connection.set_progress_handler(is_over, 10_000)
                 for row in ask(tables):
                     rows.append(row)
-                    room_bytes -= sum(len(value) for value in row.values() if isinstance(value, str | bytes))
+                    room_bytes -= sum(len(value) for value in row.values() if isinstance(value, str | msgspec.Raw))
                     if room_bytes <= 0:
                         break
                 return rows
