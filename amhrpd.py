@@ -3134,82 +3134,91 @@ PAGE = r"""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>AMHR-PD</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230b62d6'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,
+  %3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230a5bc8'/%3E%3C/svg%3E">
 <style>
 :root {
-  color-scheme: light dark;
+  color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif; color: var(--text); background: var(--page);
   --page: light-dark(#f3f5f7, #0e1216); --card: light-dark(#fff, #181e25); --line: light-dark(#dce1e7, #2c3540);
   --text: light-dark(#161b22, #e8ecf1); --soft: light-dark(#566270, #9ba8b7); --blue: light-dark(#0a5bc8, #78b4ff);
   --good: light-dark(#0b6e38, #56cf93); --bad: light-dark(#b3221a, #ff8a7d); --odd: light-dark(#855300, #f3bd55);
-  font: 16px/1.4 system-ui, sans-serif; background: var(--page); color: var(--text);
 }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; margin: 0; padding: 0; }
 [hidden] { display: none !important; }
-body, h1, h2, p, ul, dl, dd, figure { margin: 0; padding: 0; }
-body { padding-bottom: 9rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin-bottom: .5rem; }
-ul { list-style: none; } a { color: var(--blue); } .soft, small, th { color: var(--soft); font-weight: normal; }
-.good { color: var(--good); } .bad { color: var(--bad); } .odd { color: var(--odd); }
-button, select, input, textarea, .button {
-  font: inherit; color: inherit; min-height: 2.75rem; padding: .4rem .8rem; border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card);
-}
-button, .button { cursor: pointer; text-decoration: none; display: inline-block; } .button { line-height: 1.8; } button:disabled { opacity: .5; cursor: default; }
-input, select, textarea { width: 100%; } textarea, pre, td { font: .9rem/1.4 ui-monospace, monospace; }
 :focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; } h1:focus-visible { outline: none; }
+body { padding-bottom: 9rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin-bottom: .5rem; } ul { list-style: none; } a { color: var(--blue); }
+small, th, dt { color: var(--soft); font-weight: normal; }
+.good { color: var(--good); } .bad { color: var(--bad); } .odd { color: var(--odd); }
+button, .button, input, select, textarea {
+  min-height: 2.75rem; padding: .4rem .8rem; font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem;
+}
+input, select, textarea { width: 100%; } textarea, pre, td { font: .9rem/1.4 ui-monospace, monospace; }
+button, .button { cursor: pointer; text-decoration: none; } .button { line-height: 1.8; }
+button:disabled { opacity: .5; cursor: default; }
 [aria-pressed=true] { border-color: var(--blue); box-shadow: inset 0 0 0 1px var(--blue); }
-header { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center;
-  padding: .6rem 1rem; background: var(--card); border-bottom: 1px solid var(--line); }
-.brand { font-weight: 700; color: inherit; text-decoration: none; padding: .4rem 0; }
-#link { flex: 1; min-width: 9rem; } #notice { flex-basis: 100%; }
-.reach { position: fixed; inset: auto 0 0; z-index: 3; display: grid; grid-template-columns: 1fr 1fr; gap: .6rem;
-  padding: .6rem 1rem; background: var(--card); border-top: 1px solid var(--line); }
+#stop, #send { color: #fff; font-weight: 700; }
+#stop { background: #b3221a; border-color: #b3221a; } #send { background: #0a5bc8; border-color: #0a5bc8; }
+header, .reach { background: var(--card); border: 0 solid var(--line); padding: .6rem 1rem; }
+header {
+  position: sticky; top: 0; z-index: 2; border-bottom-width: 1px;
+  display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center;
+}
+header a { color: inherit; font-weight: 700; text-decoration: none; } #link { flex: 1; } #notice { flex-basis: 100%; }
+.reach {
+  position: fixed; inset: auto 0 0; z-index: 3; border-top-width: 1px;
+  display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; align-items: center;
+}
 .reach output { grid-column: 1 / -1; } .reach output:empty { display: none; }
-.reach button { min-height: 3.5rem; font-weight: 600; }
-#stop, .primary { background: #b3221a; border-color: #b3221a; color: #fff; font-weight: 700; } #stop { letter-spacing: .02em; }
-.primary { background: #0a5bc8; border-color: #0a5bc8; }
+.reach button { min-height: 3.5rem; font-weight: 700; }
 main { max-width: 92rem; margin: auto; padding: 1rem; }
 .bar { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; } .bar input { flex: 1 1 12rem; }
-#fleet { display: grid; gap: .8rem; }
-#boards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
-.card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; padding: .8rem 1rem; min-width: 0; }
-.card { position: relative; content-visibility: auto; contain-intrinsic-size: auto 12rem; border-left: .35rem solid var(--good); }
+#fleet, #board, #plots { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); }
+#boards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; padding: .8rem 1rem; }
+.card { position: relative; border-left: .35rem solid var(--good); }
+.card { content-visibility: auto; contain-intrinsic-size: auto 12rem; min-height: 6rem; }
 .card.look { border-color: var(--odd); } .card.offline { border-color: var(--bad); } .card.offline dl { opacity: .55; }
-.card h2 { display: flex; gap: .6rem; justify-content: space-between; margin: 0; } .card h2 a { color: inherit; }
-.card h2 a::after { content: ""; position: absolute; inset: 0; } .card h2 span { white-space: nowrap; font-weight: 600; }
-.card small, .card .alert { display: block; } .card dl { margin-top: .5rem; }
-.card dl div { display: grid; grid-template-columns: minmax(0, 6.3rem) 1fr minmax(4.2rem, auto); gap: .7rem; min-height: 1.8rem; align-items: center; }
-.card dt { color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.card dd { text-align: right; font-weight: 600; font-variant-numeric: tabular-nums; }
+.card h2 { display: flex; gap: .6rem; justify-content: space-between; margin: 0; } .card h2 span { white-space: nowrap; }
+.card a { color: inherit; } .card a::after { content: ""; position: absolute; inset: 0; } .card small { display: block; }
+.card dl { margin-top: .5rem; }
+.card dl div { display: grid; gap: .7rem; grid-template-columns: minmax(0, 6.3rem) 1fr minmax(4.2rem, auto); }
+.card dl div { align-items: center; }
+.card dt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.card dd { text-align: right; font-weight: 600; line-height: 1.8; font-variant-numeric: tabular-nums; }
 .card .odd * { color: var(--odd); }
 svg { display: block; width: 100%; height: 1.2rem; overflow: visible; color: var(--blue); }
-path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round;
-  vector-effect: non-scaling-stroke; }
-.grid { stroke: var(--line); stroke-width: 1; } .cursor { stroke: var(--text); stroke-width: 1; }
-#board, #plots { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); }
-@media (min-width: 48rem) { #plots { grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); } }
+path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
+path { vector-effect: non-scaling-stroke; } .grid, .cursor { stroke: var(--line); stroke-width: 1; } .cursor { stroke: var(--text); }
 .plot figcaption { display: flex; flex-wrap: wrap; gap: .2rem .8rem; justify-content: space-between; }
 .area { position: relative; margin: .6rem .5rem 1.4rem 3.6rem; touch-action: pan-y; } .area svg { height: 8rem; }
 .area small { position: absolute; white-space: nowrap; font-size: .75rem; font-variant-numeric: tabular-nums; }
 .area .y { right: calc(100% + .5rem); translate: 0 -50%; } .area .x { top: calc(100% + .3rem); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .25rem .8rem .25rem 0; }
-pre { margin: 0; white-space: pre-wrap; }
-#command { position: fixed; inset: auto 0 4.7rem; z-index: 2; max-height: 75dvh; overflow: auto; display: none;
-  border-radius: .9rem .9rem 0 0; box-shadow: 0 -.5rem 2rem #0005; }
-#command.open { display: block; } form { display: grid; gap: .6rem; } label { display: grid; gap: .2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; overflow-wrap: normal; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; } pre { white-space: pre-wrap; }
+form { display: grid; gap: .6rem; } label { display: grid; gap: .2rem; }
 #again { display: flex; flex-wrap: wrap; gap: .4rem; margin: .8rem 0; }
 #again button { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: .9rem; }
-#commands li { padding: .5rem 0; border-top: 1px solid var(--line); } summary { min-height: 1.8rem; }
+#commands li { padding: .5rem 0; border-top: 1px solid var(--line); } summary { min-height: 1.8rem; cursor: pointer; }
+#command {
+  position: fixed; inset: auto 0 4.7rem; z-index: 2; max-height: 75dvh; overflow: auto; display: none;
+  border-radius: .9rem .9rem 0 0; box-shadow: 0 -.5rem 2rem #0005;
+}
+#command.open { display: block; }
 @media (min-width: 60rem) {
-  body { padding-bottom: 0; } .reach { position: static; border: 0; padding: 0; grid-template-columns: auto auto; align-items: center; }
-  .reach output { grid-column: auto; } #ask { display: none; } .reach button { min-height: 2.75rem; padding: 0 1.4rem; }
+  body { padding-bottom: 0; } #ask { display: none; }
   main { display: grid; grid-template-columns: minmax(0, 1fr) 22rem; gap: 1rem; align-items: start; }
-  #command { display: block; position: sticky; top: 5rem; max-height: calc(100dvh - 6rem); border-radius: .9rem; box-shadow: none; }
+  #plots { grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); }
+  .reach { position: static; border: 0; padding: 0; grid-template-columns: auto auto; } .reach output { grid-column: auto; }
+  .reach button { min-height: 2.75rem; padding: 0 1.4rem; }
+  #command { display: block; position: sticky; top: 5rem; max-height: calc(100dvh - 6rem); }
+  #command { border-radius: .9rem; box-shadow: none; }
 }
 </style>
 <header>
-  <a class="brand" href="#">AMHR-PD</a>
-  <p id="link" role="status" class="soft">○ connecting …</p>
+  <a href="#">AMHR-PD</a>
+  <p id="link" role="status">○ connecting …</p>
   <p id="notice" role="status" class="odd" hidden></p>
   <div class="reach">
     <output id="said" role="alert"></output>
@@ -3247,7 +3256,7 @@ pre { margin: 0; white-space: pre-wrap; }
         placeholder="blink"></label><datalist id="verbs"></datalist>
       <label>Payload (JSON, may be empty) <textarea id="payload" rows="2" spellcheck="false"
         placeholder='{"count": 5}'></textarea></label>
-      <button class="primary">Send</button>
+      <button id="send">Send</button>
       <output id="answer" role="alert" class="bad"></output>
     </form>
     <div id="again" role="group" aria-label="Fill in a command sent before"></div>
@@ -3258,12 +3267,12 @@ pre { margin: 0; white-space: pre-wrap; }
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const SPARK_POINTS = 120, PLOT_POINTS = 1000, MAX_READINGS = 40, PAINT_MS = 300;
-const boards = new Map(), commands = new Map(), sentTo = new Map();
+const SPARK_POINTS = 120, PLOT_POINTS = 1000, MAX_READINGS = 40, MAX_COMMANDS = 15, PAINT_MS = 300;
 const order = new Intl.Collator(undefined, { numeric: true }).compare;
+const boards = new Map(), commands = new Map();
 let shown = null, filter = "all", range = "states", skewMs = 0, stream = null, isAway = true;
 
-// What boards say goes into the page here, and only as text.
+// -- what boards say goes into the page here, as text
 function make(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
@@ -3273,132 +3282,133 @@ function say(node, text, className = node.className) {
   if (node.textContent !== text) node.textContent = text;
   if (node.className !== className) node.className = className;
 }
-function draw(...classNames) {
-  const create = (tag) => document.createElementNS("http://www.w3.org/2000/svg", tag);
-  const svg = create("svg"), paths = classNames.map(() => create("path"));
-  for (const [name, value] of [["viewBox", "0 0 100 100"], ["preserveAspectRatio", "none"], ["aria-hidden", "true"]])
-    svg.setAttribute(name, value);
-  paths.forEach((path, number) => path.setAttribute("class", classNames[number]));
-  svg.append(...paths);
-  return [svg, ...paths];
+function draw(lines) {  // class -> path, in a square of 100 by 100 that is stretched
+  const create = (tag, attributes) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    return node;
+  };
+  const svg = create("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
+  svg.append(...Object.entries(lines).map(([name, d]) => create("path", { class: name, d })));
+  return svg;
 }
 
-// -- times and numbers
+// -- times, numbers, words
 const millis = (time) => Date.parse(time + "Z");
 const clock = (ms, options = { timeStyle: "medium" }) => new Date(ms).toLocaleString(undefined, options);
+const age = (time) => (Date.now() + skewMs - millis(time)) / 1000;
+const ago = (time) => !time ? "never" : age(time) < 3 ? "now" : lasting(age(time)) + " ago";
 function lasting(s) {
   const [unit, word] = s < 90 ? [1, "s"] : s < 5400 ? [60, "min"] : s < 129600 ? [3600, "h"] : [86400, "days"];
   return `${Math.max(0, Math.round(s / unit))} ${word}`;
 }
-const age = (time) => (Date.now() + skewMs - millis(time)) / 1000;
-const ago = (time) => !time ? "never" : age(time) < 3 ? "now" : lasting(age(time)) + " ago";
+const counted = (n) => `${n} board${n === 1 ? "" : "s"}`;
 const write = (value) => typeof value === "number" ? String(+value.toPrecision(7))
   : typeof value === "string" ? value : JSON.stringify(value);
-const counted = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+const alertWords = ({ alert }) => alert ? `⚠ ${alert.type}: ${alert.message} (${ago(alert.timestamp)})` : "";
+function seenWords({ is_online, state_timestamp, last_heartbeat, disconnected_at }) {
+  const heard = [state_timestamp, last_heartbeat].filter(Boolean).sort().at(-1);
+  return is_online ? `seen ${ago(heard)}` : `last seen ${ago(disconnected_at ?? heard)}`;
+}
 
+// -- readings
 function* readings(state, prefix = "") {  // an object inside gives `outer.inner`
   for (const [name, value] of Object.entries(state ?? {}).slice(0, MAX_READINGS))
     if (value && typeof value === "object" && !Array.isArray(value) && !prefix) yield* readings(value, name + ".");
     else yield [prefix + name, value];
 }
-function remember(trails, state, ms, points) {
+function remember(trails, state, time, points) {
   for (const [name, value] of readings(state)) {
     if (typeof value !== "number" || (!trails.has(name) && trails.size >= MAX_READINGS)) continue;
-    if (!trails.has(name)) trails.set(name, []);
+    if (!trails.has(name)) trails.set(name, Object.assign([], { middle: value, spread: 0, isOdd: false }));
     const trail = trails.get(name);
     judge(trail, value);
-    trail.push([ms, value]);
+    trail.push([millis(time), value]);
     if (trail.length > points) trail.shift();
   }
 }
 function judge(trail, value) {  // odd is what is far from where this reading was lately; its first values teach that
-  trail.middle ??= value;
   const isLearning = trail.length < 12, awayBy = Math.abs(value - trail.middle);
-  const usual = Math.max(trail.spread ?? 0, Math.abs(trail.middle) / 100);
-  trail.isOdd = !isLearning && usual > 0 && awayBy > Math.max(8 * usual, Math.abs(trail.middle) / 4);
+  const usual = Math.max(trail.spread, Math.abs(trail.middle) / 100);
   const step = isLearning ? awayBy : Math.min(awayBy, 3 * usual || 1);
+  trail.isOdd = !isLearning && usual > 0 && awayBy > Math.max(8 * usual, Math.abs(trail.middle) / 4);
   trail.middle += Math.sign(value - trail.middle) * step / 32;
-  trail.spread = (trail.spread ?? 0) + (step - (trail.spread ?? 0)) / 32;
+  trail.spread += (step - trail.spread) / 32;
 }
 function span(points) {
   const values = points.map(([, value]) => value), low = Math.min(...values), high = Math.max(...values);
-  return high > low ? [low, high] : [low - Math.abs(low || 1) / 2, high + Math.abs(high || 1) / 2];
+  return high > low ? [low, high] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
 }
-function trace(points, [from, to], [low, high], gapMs = Infinity) {
-  return points.map(([ms, value], number) => {
-    const isStart = !number || ms - points[number - 1][0] > gapMs;
-    const x = (ms - from) / (to - from || 1) * 100, y = (high - value) / (high - low) * 100;
+function trace(points, [low, high], gapMs = Infinity) {
+  const from = points[0][0], lengthMs = points.at(-1)[0] - from || 1;
+  return points.map(([ms, value], index) => {
+    const x = (ms - from) / lengthMs * 100, y = (high - value) / (high - low) * 100;
+    const isStart = index === 0 || ms - points[index - 1][0] > gapMs;
     return `${isStart ? "M" : "L"}${x.toFixed(2)} ${y.toFixed(2)}${isStart ? "h0" : ""}`;
   }).join("");
 }
 
-// -- asking the gateway
-async function ask(path, options = {}) {
-  const answer = await fetch(path, { signal: AbortSignal.timeout(15000), ...options });
-  if (answer.status === 401) lock();
-  const content = await answer.json();
-  if (!answer.ok && answer.status !== 503) throw new Error(content.error);
-  if (!answer.ok && content.error) throw new Error(content.error);
+// -- the gateway
+async function ask(path, options) {
+  const answer = await fetch(path, { signal: AbortSignal.timeout(15000), ...options }), content = await answer.json();
+  if (answer.status === 401 && !$("notice").querySelector("button")) {  // opened again, the browser asks for the token
+    const again = make("button", { onclick: () => location.reload() }, "Enter the token");
+    $("notice").replaceChildren("The gateway wants another token. ", again);
+    $("notice").hidden = false;
+  }
+  if (content.error) throw new Error(content.error);
   return content;
-}
-function lock() {  // the browser asks for the new token when the page is opened again
-  const button = make("button", { onclick: () => location.reload() }, "Enter the token");
-  $("notice").replaceChildren("The gateway wants another token. ", button);
-  $("notice").hidden = false;
 }
 function follow() {
   stream?.close();
   stream = new EventSource("events");
-  let isFirst = true;
-  stream.onopen = () => { setAway(false); if (isFirst) load(); isFirst = false; };
-  stream.onerror = () => {
-    setAway(true);
-    if (stream.readyState === EventSource.CLOSED) setTimeout(follow, 2000), ask("devices?device_type=-").catch(() => {});
-  };
+  stream.addEventListener("open", () => { isAway = false; paintAll(); });
+  stream.addEventListener("open", load, { once: true });
   stream.addEventListener("reset", load);
+  stream.addEventListener("error", () => {
+    isAway = true;
+    paintAll();
+    if (stream.readyState !== EventSource.CLOSED) return;  // then it tries again by itself
+    setTimeout(follow, 2000);
+    ask("devices?device_type=-").catch(() => {});  // says why
+  });
   for (const [name, act] of Object.entries({ device: onDevice, state: onState, command: onCommand, alert: onAlert }))
-    stream.addEventListener(name, (event) => {
-      const record = JSON.parse(event.data);
-      if (held) held.push(() => act(record)); else act(record);
-    });
+    stream.addEventListener(name, ({ data }) => held ? held.push([act, JSON.parse(data)]) : act(JSON.parse(data)));
 }
 let held = null;  // what happens while the boards are read, for afterwards
 async function load() {
   const mine = held = [];
   try {
-    const [{ devices }, { logs }] = await Promise.all([ask("devices"), ask("command-logs?limit=15")]);
+    const [{ devices }, { logs }] = await Promise.all([ask("devices"), ask(`command-logs?limit=${MAX_COMMANDS}`)]);
     if (mine !== held) return;
-    const known = new Set(devices.map((device) => device.device_id));
-    for (const id of boards.keys()) if (!known.has(id)) forget(id);
+    held = null;
+    const known = new Set(devices.map(({ device_id }) => device_id));
+    [...boards.keys()].filter((id) => !known.has(id)).forEach(forget);
     devices.sort((a, b) => order(a.device_id, b.device_id)).forEach(onDevice);
     logs.reverse().forEach(onCommand);
-    held = null;
-    mine.forEach((act) => act());
+    mine.forEach(([act, record]) => act(record));
+    watcher.disconnect();  // observed anew, those in view are filled anew
+    for (const board of boards.values()) { board.isFilled = false; watcher.observe(board.card); }
+    if (shown) loadPlots();
     route();
   } catch { if (mine === held) setTimeout(load, 2000); }
 }
 async function look() {
   try {
-    const health = await ask("health");
-    if (health.timestamp) skewMs = millis(health.timestamp) - Date.now();
-    const words = [health.status !== "ok" && `The gateway is degraded: ${health.database}.`, health.notice];
-    if (health.timestamp) $("notice").hidden = !words.some(Boolean), say($("notice"), words.filter(Boolean).join(" "));
+    const { status, database, notice, timestamp } = await ask("health");
+    if (!timestamp) return;  // without the token it says no more than the status
+    skewMs = millis(timestamp) - Date.now();
+    say($("notice"), [status === "ok" ? "" : `The gateway is degraded: ${database}.`, notice ?? ""].join(" ").trim());
+    $("notice").hidden = !$("notice").textContent;
   } catch { /* the stream tells that it is away */ }
-}
-function setAway(now) {
-  isAway = now;
-  paintAll();
 }
 
 // -- what happens
 function onDevice(device) {
-  const id = device.device_id;
+  const id = device.device_id, board = boards.get(id) ?? { id, trails: new Map(), isSeen: false, isFilled: false };
   if (device.deleted) return forget(id);
-  const board = boards.get(id) ?? { id, trails: new Map(), rows: new Map(), isSeen: false, isFilled: false };
   if (!boards.has(id)) addCard(board);
-  const wasState = board.device?.state_timestamp;
   board.device = device;
-  if (board.isFilled && device.state && device.state_timestamp !== wasState) newState(board);
   if (board === shown) loadHistory();
   dirty.add(board);
   paintAll();
@@ -3407,25 +3417,25 @@ function onState({ device_id, state, timestamp }) {
   const board = boards.get(device_id);
   if (!board || board.device.state_timestamp >= timestamp) return;
   Object.assign(board.device, { state, state_timestamp: timestamp });
-  newState(board);
-  touch(board);
+  remember(board.trails, state, timestamp, SPARK_POINTS);
+  if (board === shown && board.series) remember(board.series, state, timestamp, PLOT_POINTS);
+  dirty.add(board);
+  paintLater();
 }
-function newState(board) {
-  const { state, state_timestamp } = board.device;
-  remember(board.trails, state, millis(state_timestamp), SPARK_POINTS);
-  if (board === shown && board.series) remember(board.series, state, millis(state_timestamp), PLOT_POINTS);
-}
-function onAlert({ device_id, kind, type, message, timestamp }) {
+function onAlert({ device_id, ...alert }) {
   const board = boards.get(device_id);
-  if (board) board.device.alert = { kind, type, message, timestamp }, dirty.add(board), paintAll();
+  if (!board) return;
+  board.device.alert = alert;
+  dirty.add(board);
+  paintAll();
 }
 function forget(id) {
   const board = boards.get(id);
   if (!board) return;
   boards.delete(id);
+  dirty.delete(board);
   watcher.unobserve(board.card);
   board.card.remove();
-  dirty.delete(board);
   if (board === shown) location.hash = "";
   paintAll();
 }
@@ -3433,14 +3443,13 @@ function forget(id) {
 // -- painting: a few times a second, and only what is in view
 const dirty = new Set(), toFill = [];
 let timer = 0, filling = 0, isFleetNew = true;
-function touch(board) { dirty.add(board); paintLater(); }
-function paintAll() { isFleetNew = true; paintLater(); }
 function paintLater() { timer ||= setTimeout(() => requestAnimationFrame(paint), PAINT_MS); }
+function paintAll() { isFleetNew = true; paintLater(); }
 function paint() {
   timer = 0;
   for (const board of dirty) if (board.isSeen) { dirty.delete(board); paintCard(board); }
-  if (shown) paintBoard(shown);
   if (isFleetNew) paintFleet();
+  if (shown) paintBoard(shown);
   for (const command of commands.values()) if (command.isNew) paintCommand(command);
 }
 const watcher = new IntersectionObserver((entries) => {
@@ -3448,8 +3457,10 @@ const watcher = new IntersectionObserver((entries) => {
     const board = boards.get(target.dataset.id);
     if (!board) continue;
     board.isSeen = isIntersecting;
-    if (isIntersecting) { touch(board); if (!board.isFilled) toFill.push(board), fill(); }
+    if (isIntersecting) { dirty.add(board); toFill.push(board); }
   }
+  paintLater();
+  fill();
 }, { rootMargin: "200px" });
 async function fill() {  // sparklines begin with what the history has
   while (filling < 3 && toFill.length) {
@@ -3460,188 +3471,154 @@ async function fill() {  // sparklines begin with what the history has
     try {
       const { states } = await ask(`state-history/${board.id}?limit=${SPARK_POINTS}`);
       board.trails.clear();
-      for (const row of states.reverse()) remember(board.trails, row.state_data, millis(row.timestamp), SPARK_POINTS);
-      touch(board);
+      for (const { state_data, timestamp } of states.reverse()) remember(board.trails, state_data, timestamp, SPARK_POINTS);
+      dirty.add(board);
+      paintAll();
     } catch { board.isFilled = false; }
     filling -= 1;
   }
 }
 function addCard(board) {
-  const link = make("a", { href: "#" + board.id }, board.id);
-  board.parts = { word: make("span"), facts: make("small"), alert: make("p"), list: make("dl"), more: make("small") };
-  const { word, facts, alert, list, more } = board.parts;
-  board.card = make("li", { className: "card" }, make("h2", {}, link, word), facts, alert, list, more);
+  board.word = make("span");
+  board.body = make("div");
+  board.card = make("li", {}, make("h2", {}, make("a", { href: "#" + board.id }, board.id), board.word), board.body);
   board.card.dataset.id = board.id;
   const isAfter = (card) => order(card.dataset.id, board.id) > 0, last = $("boards").lastElementChild;
   $("boards").insertBefore(board.card, last && isAfter(last) ? [...$("boards").children].find(isAfter) : null);
   boards.set(board.id, board);
   watcher.observe(board.card);
 }
-const lastSeen = ({ is_online, state_timestamp, last_heartbeat, disconnected_at }) =>
-  is_online ? (state_timestamp > (last_heartbeat ?? "") ? state_timestamp : last_heartbeat) : disconnected_at ?? last_heartbeat;
-function stateWord(isOnline) { return isOnline ? ["● online", "good"] : ["■ offline", "bad"]; }
-function alertWords({ alert }) { return alert ? `⚠ ${alert.type}: ${alert.message} (${ago(alert.timestamp)})` : ""; }
-const isToLookAt = ({ device, trails }) =>
-  (device.alert && age(device.alert.timestamp) < 3600) || [...trails.values()].some((trail) => trail.isOdd);
+const isOffline = ({ device }) => !device.is_online;
+const isOdd = ({ device, trails }) => device.alert && age(device.alert.timestamp) < 3600
+  || [...trails.values()].some((trail) => trail.isOdd);
 function paintCard(board) {
-  const { device, trails, rows, parts, card } = board;
-  const all = [...readings(device.state)], few = all.slice(0, 6), names = few.map(([name]) => name);
-  card.className = !device.is_online ? "card offline" : isToLookAt(board) ? "card look" : "card";
-  say(parts.word, ...stateWord(device.is_online));
-  say(parts.facts, `${device.device_type} · ${device.is_online ? "" : "last "}seen ${ago(lastSeen(device))}`);
-  say(parts.alert, alertWords(device), "alert odd");
-  say(parts.more, all.length > 6 ? `and ${all.length - 6} more` : "");
-  if (names.join("\n") !== [...rows.keys()].join("\n")) {
-    rows.clear();
-    for (const name of names) {
-      const [svg, path] = draw(""), value = make("dd"), row = make("div", {}, make("dt", { title: name }, name), svg, value);
-      rows.set(name, { row, path, value });
-    }
-    parts.list.replaceChildren(...[...rows.values()].map(({ row }) => row));
-  }
-  for (const [name, value] of few) {
-    const row = rows.get(name), trail = trails.get(name) ?? [];
-    say(row.value, (trail.isOdd ? "⚠ " : "") + write(value).slice(0, 60));
-    row.value.title = trail.isOdd ? "unusual for this reading" : "";
-    row.row.className = trail.isOdd ? "odd" : "";
-    row.path.setAttribute("d", trail.length ? trace(trail, [trail[0][0], trail.at(-1)[0]], span(trail)) : "");
-  }
+  const { device, trails, card, word, body } = board, all = [...readings(device.state)];
+  const rows = all.slice(0, 6).map(([name, value]) => {
+    const trail = trails.get(name), [className, mark, title] = trail?.isOdd ? ["odd", "⚠ ", "unusual"] : ["", "", ""];
+    return make("div", { className, title }, make("dt", { title: name }, name),
+      draw(trail ? { spark: trace(trail, span(trail)) } : {}), make("dd", {}, mark + write(value).slice(0, 60)));
+  });
+  card.className = `card ${isOffline(board) ? "offline" : isOdd(board) ? "look" : ""}`;
+  say(word, ...stateWords(device));
+  body.replaceChildren(make("small", {}, `${device.device_type} · ${seenWords(device)}`),
+    make("p", { className: "odd" }, alertWords(device)), make("dl", {}, ...rows),
+    make("small", {}, all.length > 6 ? `and ${all.length - 6} more` : ""));
 }
-const FILTERS = {
-  all: ["All", () => true],
-  offline: ["■ Offline", (board) => !board.device.is_online],
-  look: ["⚠ Look at", isToLookAt],
-};
+const stateWords = ({ is_online }) => is_online ? ["● online", "good"] : ["■ offline", "bad"];
+const FILTERS = { all: ["All", () => true, ""], offline: ["■ Offline", isOffline, "bad"], look: ["⚠ Look at", isOdd, "odd"] };
 function paintFleet() {
   isFleetNew = false;
-  const all = [...boards.values()], sought = $("find").value.trim().toLowerCase();
+  const all = [...boards.values()], offline = all.filter(isOffline).length, sought = $("find").value.trim().toLowerCase();
   for (const button of $("filters").children) {
-    const [word, fits] = FILTERS[button.value], count = all.filter(fits).length;
-    say(button, `${word} ${count}`, count && button.value === "offline" ? "bad" : count && button.value === "look" ? "odd" : "");
+    const [word, fits, className] = FILTERS[button.value], count = all.filter(fits).length;
+    say(button, `${word} ${count}`, count ? className : "");
     button.ariaPressed = String(filter === button.value);
   }
-  for (const board of all) {
-    const text = `${board.id} ${board.device.device_type}`.toLowerCase();
-    board.card.hidden = !FILTERS[filter][1](board) || !text.includes(sought);
-  }
-  const offline = all.filter((board) => !board.device.is_online).length;
+  for (const board of all)
+    board.card.hidden = !FILTERS[filter][1](board) || !`${board.id} ${board.device.device_type}`.toLowerCase().includes(sought);
   $("none").hidden = all.length > 0 || isAway;
-  const live = `● live · ${all.length - offline} of ${counted(all.length, "board")} online`;
-  say($("link"), ...(isAway ? ["■ The gateway doesn't answer. Trying again …", "bad"] : [live, "good"]));
+  const live = `● live · ${all.length - offline} of ${counted(all.length)} online`;
+  say($("link"), ...isAway ? ["■ The gateway doesn't answer. Trying again …", "bad"] : [live, "good"]);
   document.title = (isAway ? "away · " : offline ? `${offline} offline · ` : "") + "AMHR-PD";
   paintTargets(all);
 }
 
 // -- one board in depth
 function route() {
-  const id = decodeURIComponent(location.hash.slice(1)), board = boards.get(id) ?? null;
+  const board = boards.get(decodeURIComponent(location.hash.slice(1))) ?? null;
   if (board === shown) return;
   shown = board;
   $("fleet").hidden = Boolean(board);
   $("board").hidden = !board;
   $("plots").replaceChildren();
-  if (!board) return paintLater();
-  board.plots = new Map();
-  say($("name"), id);
+  if (!board) return;
+  Object.assign(board, { plots: new Map(), series: null });
+  say($("name"), board.id);
   $("name").focus();
   scrollTo(0, 0);
-  $("csv").href = `state-history/${id}?format=csv&limit=100000`;
-  $("to").value = "id " + id;
+  $("csv").href = `state-history/${board.id}?format=csv&limit=100000`;
+  $("to").value = "id " + board.id;
   $("to").onchange();
   loadPlots();
   loadHistory();
   paintLater();
 }
 const RANGES = { states: ["Last 1,000 states", 0], hour: ["An hour", 3600e3], day: ["A day", 86400e3] };
-async function loadPlots() {
-  const board = shown, mine = board.loading = {}, series = new Map(), spanMs = RANGES[range][1];
-  const path = `state-history/${board.id}?limit=`, until = Date.now() + skewMs, since = until - spanMs;
-  const iso = (ms) => new Date(ms).toISOString().slice(0, -1);
-  const add = (rows) => rows.reverse().forEach((row) => remember(series, row.state_data, millis(row.timestamp), PLOT_POINTS));
+async function loadPlots() {  // of a time, some states of each of its hundredths
+  const board = shown, mine = board.loading = {}, series = new Map();
+  const lengthMs = RANGES[range][1], parts = lengthMs ? 100 : 1, begin = Date.now() + skewMs - lengthMs;
+  const iso = (part) => new Date(begin + part * lengthMs / parts).toISOString();
   try {
-    const { states } = await ask(path + PLOT_POINTS + (spanMs ? `&since=${iso(since)}` : ""));
-    if (spanMs && states.length === PLOT_POINTS) {  // more than can be drawn: ten states of each hundredth
-      for (let part = 0; part < 100 && board.loading === mine; part += 1) {
-        const from = since + part * spanMs / 100, to = from + spanMs / 100 - 1;
-        add((await ask(`${path}10&since=${iso(from)}&until=${iso(to)}`)).states);
-      }
-    } else add(states);
-    if (board.loading === mine && board === shown) board.series = series, paintLater();
-  } catch (error) { say($("answer"), `The history of ${board.id} can't be read: ${error.message}`); }
+    for (let part = 0; part < parts && board.loading === mine; part += 1) {
+      const time = lengthMs ? `&since=${iso(part)}&until=${iso(part + 1)}` : "";
+      const { states } = await ask(`state-history/${board.id}?limit=${PLOT_POINTS / parts}${time}`);
+      for (const { state_data, timestamp } of states.reverse()) remember(series, state_data, timestamp, PLOT_POINTS);
+    }
+    if (board.loading === mine) board.series = series;
+    paintLater();
+  } catch (error) { say($("said"), `The readings of ${board.id} can't be read: ${error.message}`, "bad"); }
 }
 async function loadHistory() {
-  const board = shown;
-  try {
-    const { events } = await ask(`device-connection-history/${board.id}?limit=30`);
-    if (board !== shown) return;
-    $("history").replaceChildren(...events.map(({ event, timestamp, details }) => make("tr", {},
-      make("td", {}, clock(millis(timestamp), { dateStyle: "short", timeStyle: "medium" })),
-      make("td", { className: event === "connected" ? "good" : "bad" }, event),
-      make("td", {}, details?.reason ?? details?.peer ?? ""),
-      make("td", {}, details?.seconds_connected === undefined ? "" : lasting(details.seconds_connected)))));
-  } catch { /* it was deleted, or the gateway is away; both are said */ }
+  const board = shown, cell = (text, className = "") => make("td", { className }, text);
+  const { events } = await ask(`device-connection-history/${board.id}?limit=30`).catch(() => ({ events: [] }));
+  if (board === shown) $("history").replaceChildren(...events.map(({ event, timestamp, details }) => make("tr", {},
+    cell(clock(millis(timestamp), { dateStyle: "short", timeStyle: "medium" })),
+    cell(event, event === "connected" ? "good" : "bad"), cell(String(details?.reason ?? details?.peer ?? "")),
+    cell(details?.seconds_connected === undefined ? "" : lasting(details.seconds_connected)))));
 }
 function paintBoard({ device, plots, series }) {
-  const [word, className] = stateWord(device.is_online);
-  $("facts").replaceChildren(make("span", { className }, word),
-    ` · ${device.device_type} · ${device.is_online ? `connected ${ago(device.connected_at)} · ` : "last "}seen ${ago(lastSeen(device))}`,
+  const [word, className] = stateWords(device), texts = [...readings(device.state)].filter(([name]) => !series?.has(name));
+  $("facts").replaceChildren(make("span", { className }, word), ` · ${device.device_type} · ${seenWords(device)}`,
+    device.is_online ? ` · connected ${ago(device.connected_at)}` : "",
     device.deadman_at ? ` · deadman due ${clock(millis(device.deadman_at))}` : "");
   say($("alert"), alertWords(device));
   $("delete").disabled = device.is_online;
   $("delete").title = device.is_online ? "Only a board that is offline can be deleted" : "";
-  const texts = [...readings(device.state)].filter(([, value]) => typeof value !== "number");
   say($("texts"), texts.map(([name, value]) => `${name}: ${write(value)}`).join("\n"));
   $("others").hidden = !texts.length;
   say($("metadata"), JSON.stringify(device.metadata, null, 2));
   for (const [name, points] of series ?? []) {
-    if (!plots.has(name)) plots.set(name, makePlot(name)), $("plots").append(plots.get(name).figure);
-    plots.get(name).paint(points);
+    if (!plots.has(name)) plots.set(name, makePlot(name));
+    paintPlot(Object.assign(plots.get(name), { points }));
   }
-  for (const [name, plot] of plots) if (!series?.has(name)) plots.delete(name), plot.figure.remove();
+  for (const [name, { figure }] of plots) if (!series?.has(name)) { plots.delete(name); figure.remove(); }
 }
-function makePlot(name) {
-  const [svg, grid, line, cursor] = draw("grid", "", "cursor"), value = make("output"), labels = make("div");
-  const area = make("div", { className: "area", tabIndex: 0, role: "slider", ariaLabel: name }, svg, labels);
+function makePlot(name) {  // `at` is the point that is read; null is the latest
+  const value = make("output"), area = make("div", { className: "area", tabIndex: 0, role: "slider", ariaLabel: name });
   const figure = make("figure", { className: "plot panel" }, make("figcaption", {}, make("strong", {}, name), value), area);
-  let points = [], at = null, ends, scale;
-  function read(index) {  // null is the latest
-    at = index;
-    const [ms, number] = points[at ?? points.length - 1], low = span(points)[0];
-    const x = (ms - ends[0]) / (ends[1] - ends[0] || 1) * 100;
-    cursor.setAttribute("d", at === null ? "" : `M${x} 0V100`);
-    say(value, at === null ? write(number) : `${write(number)} at ${clock(ms)}`);
-    Object.assign(area, { ariaValueNow: number, ariaValueMin: low, ariaValueMax: span(points)[1], ariaValueText: value.textContent });
-  }
-  area.onpointermove = area.onpointerdown = (event) => {
-    const box = svg.getBoundingClientRect(), ms = ends[0] + (event.clientX - box.left) / box.width * (ends[1] - ends[0]);
+  const plot = { figure, area, value, points: [], at: null };
+  const read = (at) => { plot.at = at; paintPlot(plot); };
+  area.onpointermove = area.onpointerdown = ({ clientX }) => {
+    const { left, width } = area.getBoundingClientRect(), { points } = plot, from = points[0][0];
+    const ms = from + (clientX - left) / width * (points.at(-1)[0] - from);
     read(points.reduce((best, [at], index) => Math.abs(at - ms) < Math.abs(points[best][0] - ms) ? index : best, 0));
   };
   area.onpointerleave = area.onblur = () => read(null);
   area.onkeydown = ({ key }) => {
-    const steps = { ArrowLeft: -1, ArrowRight: 1, PageUp: 50, PageDown: -50, Home: -Infinity, End: Infinity };
-    if (key in steps) read(Math.max(0, Math.min(points.length - 1, (at ?? points.length - 1) + steps[key])));
+    const last = plot.points.length - 1, step = { ArrowLeft: -1, ArrowRight: 1, Home: -last, End: last }[key];
+    if (step) read(Math.max(0, Math.min(last, (plot.at ?? last) + step)));
   };
-  function paint(now) {
-    points = now;
-    ends = [points[0][0], points.at(-1)[0]];
-    scale = ticks(...span(points));
-    const gaps = points.slice(1).map(([ms], index) => ms - points[index][0]).sort((a, b) => a - b);
-    line.setAttribute("d", trace(points, ends, [scale[0], scale.at(-1)], Math.max(10000, 8 * gaps[gaps.length >> 1])));
-    const height = (mark) => (scale.at(-1) - mark) / (scale.at(-1) - scale[0]) * 100;
-    grid.setAttribute("d", scale.map((mark) => `M0 ${height(mark)}H100`).join(""));
-    const options = ends[1] - ends[0] > 86400e3 ? { dateStyle: "short" } : { timeStyle: ends[1] - ends[0] > 300e3 ? "short" : "medium" };
-    const beside = scale.map((mark) => place(make("small", { className: "y" }, write(mark)), "top", height(mark)));
-    const below = [0, 50, 100].map((part) =>
-      place(make("small", { className: "x" }, clock(ends[0] + (ends[1] - ends[0]) * part / 100, options)), "left", part, true));
-    labels.replaceChildren(...beside, ...below);
-    read(at === null ? null : Math.min(at, points.length - 1));
-  }
-  return { figure, paint };
+  $("plots").append(figure);
+  return plot;
 }
-function place(node, side, percent, isInside = false) {
-  node.style[side] = percent + "%";
-  if (isInside) node.style.translate = `-${percent}%`;
-  return node;
+function paintPlot({ area, value, points, at }) {
+  const [from, to] = [points[0][0], points.at(-1)[0]], [ms, number] = points[at ?? -1] ?? points.at(-1);
+  const marks = ticks(...span(points)), low = marks[0], high = marks.at(-1), y = (mark) => (high - mark) / (high - low) * 100;
+  const gaps = points.slice(1).map(([ms], index) => ms - points[index][0]).sort((a, b) => a - b);
+  const line = trace(points, [low, high], Math.max(10000, 8 * gaps[gaps.length >> 1]));  // broken where the board was away
+  const cursor = at === null ? "" : `M${(ms - from) / (to - from || 1) * 100} 0V100`;
+  const label = (className, text, side, part) => {
+    const node = make("small", { className }, text);
+    node.style[side] = part + "%";
+    if (side === "left") node.style.translate = `-${part}%`;
+    return node;
+  };
+  const options = to - from > 86400e3 ? { dateStyle: "short" } : { timeStyle: to - from > 300e3 ? "short" : "medium" };
+  area.replaceChildren(draw({ grid: marks.map((mark) => `M0 ${y(mark)}H100`).join(""), line, cursor }),
+    ...marks.map((mark) => label("y", write(mark), "top", y(mark))),
+    ...[0, 50, 100].map((part) => label("x", clock(from + (to - from) * part / 100, options), "left", part)));
+  say(value, at === null ? write(number) : `${write(number)} at ${clock(ms)}`);
+  Object.assign(area, { ariaValueNow: number, ariaValueMin: low, ariaValueMax: high, ariaValueText: value.textContent });
 }
 function ticks(low, high) {  // about four round numbers that hold all
   const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
@@ -3649,142 +3626,125 @@ function ticks(low, high) {  // about four round numbers that hold all
   const first = Math.floor(low / step), last = Math.ceil(high / step);
   return Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
 }
-$("delete").onclick = async () => {
-  const { id } = shown;
-  if (!confirm(`Forget ${id}, with its readings and its connection history?`)) return;
-  try { await ask(`devices/${id}`, { method: "DELETE" }); } catch (error) { tell(error.message); }
-};
 
 // -- commands
-function tell(text, className = "bad") { say($("said"), text, className); }
 function paintTargets(all) {
-  const types = new Map();
-  for (const { device } of all) {
-    const [online, total] = types.get(device.device_type) ?? [0, 0];
-    types.set(device.device_type, [online + device.is_online, total + 1]);
-  }
-  const options = [["*", `all boards (${all.filter(({ device }) => device.is_online).length} online)`],
-    ...[...types].sort(([a], [b]) => order(a, b)).map(([type, [online]]) => ["type " + type, `every ${type} (${online} online)`]),
-    ["several", "several boards …"],
-    ...all.map(({ id }) => id).sort(order).map((id) => ["id " + id, id])];
-  const before = $("to").value, key = JSON.stringify(options);
-  if (key === paintTargets.key || document.activeElement === $("to")) return;
-  paintTargets.key = key;
+  const online = all.filter((board) => !isOffline(board)).map(({ device }) => device.device_type);
+  const types = [...new Set(all.map(({ device }) => device.device_type))].sort(order);
+  const options = [["*", `all boards (${online.length} online)`],
+    ...types.map((type) => ["type " + type, `every ${type} (${online.filter((other) => other === type).length} online)`]),
+    ["several", "several boards …"], ...all.map(({ id }) => id).sort(order).map((id) => ["id " + id, id])];
+  const before = $("to").value, texts = [...$("to").options].map(({ text }) => text);
+  if (options.map(([, text]) => text).join() === texts.join() || document.activeElement === $("to")) return;
   $("to").replaceChildren(...options.map(([value, text]) => make("option", { value }, text)));
-  $("to").value = options.some(([value]) => value === before) ? before : shown ? "id " + shown.id : "*";
+  $("to").value = shown && !before ? "id " + shown.id : options.some(([value]) => value === before) ? before : "*";
   $("to").onchange();
 }
 $("to").onchange = () => { $("several").hidden = $("to").value !== "several"; };
+const targetWords = ({ to, ids }) =>
+  to === "*" ? "all boards" : to === "several" ? ids : to.replace(/^type /, "every ").replace(/^id /, "");
 function remembered() {
   try { return JSON.parse(localStorage.getItem("commands")) ?? []; } catch { return []; }
 }
 function paintRemembered() {
-  const latest = remembered();
+  const latest = remembered(), known = [...commands.values()].map(({ row }) => row.command_name);
+  const verbs = new Set([...latest.map(({ verb }) => verb), ...known]);
+  $("verbs").replaceChildren(...[...verbs].map((value) => make("option", { value })));
   $("again").replaceChildren(...latest.map((entry) => make("button", { onclick: () => {
-    $("to").value = [...$("to").options].some(({ value }) => value === entry.to) ? entry.to : "several";
-    Object.assign($("ids"), { value: entry.ids });
-    Object.assign($("verb"), { value: entry.name });
-    Object.assign($("payload"), { value: entry.payload });
+    for (const [id, text] of Object.entries(entry)) $(id).value = text;
+    if (!$("to").value) $("to").value = "*";
     $("to").onchange();
-  } }, `${entry.name} ${entry.payload} → ${targetWords(entry)}`)));
-  const names = new Set([...latest.map(({ name }) => name), ...[...commands.values()].map(({ row }) => row.command_name)]);
-  $("verbs").replaceChildren(...[...names].map((value) => make("option", { value })));
+  } }, `${entry.verb} ${entry.payload} → ${targetWords(entry)}`)));
 }
-function targetWords({ to, ids }) {
-  return to === "*" ? "all boards" : to === "several" ? ids : to.startsWith("type ") ? "every " + to.slice(5) : to.slice(3);
-}
-async function send(body, words) {
-  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  const row = await ask("command", { ...options, signal: AbortSignal.timeout(5000) });
-  sentTo.set(row.command_id, words);
-  if (!commands.has(row.command_id)) onCommand({ response_data: null, ...row });
-  else commands.get(row.command_id).isNew = true, paintLater();
+async function send(target, command_name, payload, to) {
+  const body = JSON.stringify({ ...target, command_name, payload });
+  const headers = { "Content-Type": "application/json" }, signal = AbortSignal.timeout(5000);
+  const row = await ask("command", { method: "POST", headers, body, signal });
+  if (!commands.has(row.command_id)) onCommand(row);
+  Object.assign(commands.get(row.command_id), { to, isNew: true });
+  paintLater();
   return row;
 }
 $("form").onsubmit = async (event) => {
   event.preventDefault();
-  const entry = { to: $("to").value, ids: $("ids").value, name: $("verb").value, payload: $("payload").value.trim() };
-  const ids = entry.ids.split(",").map((id) => id.trim()).filter(Boolean);
-  const target = entry.to === "*" ? { device_type: "*" } : entry.to === "several" ? { device_id: ids }
-    : entry.to.startsWith("type ") ? { device_type: entry.to.slice(5) } : { device_id: entry.to.slice(3) };
+  const entry = Object.fromEntries(["to", "ids", "verb", "payload"].map((id) => [id, $(id).value.trim()]));
+  const ids = entry.ids.split(",").map((id) => id.trim()), one = entry.to.replace(/^(type|id) /, "");
+  const target = entry.to === "several" ? { device_id: ids }
+    : entry.to.startsWith("id ") ? { device_id: one } : { device_type: one };
   try {
-    const payload = entry.payload ? JSON.parse(entry.payload) : {};
-    const row = await send({ ...target, command_name: entry.name, payload }, targetWords(entry));
+    const row = await send(target, entry.verb, JSON.parse(entry.payload || "{}"), targetWords(entry));
     say($("answer"), row.detail ?? "");
-    try {
-      const others = remembered().filter((other) => JSON.stringify(other) !== JSON.stringify(entry));
-      localStorage.setItem("commands", JSON.stringify([entry, ...others].slice(0, 6)));
-    } catch { /* the browser keeps nothing: so be it */ }
+    const others = remembered().filter((other) => JSON.stringify(other) !== JSON.stringify(entry));
+    try { localStorage.setItem("commands", JSON.stringify([entry, ...others].slice(0, 6))); } catch { /* it keeps nothing */ }
     paintRemembered();
   } catch (error) {
     say($("answer"), error instanceof SyntaxError ? `The payload is no JSON: ${error.message}` : `Not sent: ${error.message}`);
   }
 };
+let stop = null;  // the id of the latest
 $("stop").onclick = async () => {
-  tell("Stopping …", "");
-  for (let left = 3; left; left -= 1) {
+  say($("said"), "Stopping …", "");
+  for (let left = 3; left; left -= 1)
     try {
-      const row = await send({ device_type: "*", command_name: "stop" }, "all boards");
-      stopped = row.command_id;
-      return paintStop();
-    } catch (error) { tell(`STOP WAS NOT SENT: ${error.message}`); }
-    await new Promise((done) => setTimeout(done, 700));
-  }
+      stop = (await send({ device_type: "*" }, "stop", {}, "all boards")).command_id;
+      return;
+    } catch (error) {
+      say($("said"), `STOP WAS NOT SENT: ${error.message}`, "bad");
+      await new Promise((done) => setTimeout(done, 700));
+    }
 };
-let stopped = null;
-function paintStop() {
-  const row = commands.get(stopped)?.row;
-  if (row) tell(`Stop: ${words(row)[0]}`, words(row)[1]);
-}
 function onCommand(row) {
-  const command = commands.get(row.command_id) ?? { row };
-  Object.assign(command, { row: { ...command.row, ...row }, isNew: true });
-  commands.set(row.command_id, command);
-  if (commands.size > 15) {
+  const command = commands.get(row.command_id) ?? {};
+  commands.set(row.command_id, Object.assign(command, { row: { ...command.row, ...row }, isNew: true }));
+  if (commands.size > MAX_COMMANDS) {
     const [oldest] = commands.keys();
     commands.get(oldest).item?.remove();
     commands.delete(oldest);
-    sentTo.delete(oldest);
   }
-  if (row.command_id === stopped) paintStop();
   paintLater();
 }
-function words({ status, target_device_count: targets, success_count: good, response_data }) {
-  const answered = Object.keys(response_data ?? {}).length, all = counted(targets, "board");
+function outcome({ status, target_device_count: targets, success_count: good, response_data }) {
+  const answered = Object.keys(response_data ?? {}).length;
   switch (status) {
-    case "ack_success": return [`✓ ${all} answered success`, "good"];
-    case "ack_error": return [`✗ failed on ${counted(answered - good, "board")}, ${good} of ${targets} succeeded`, "bad"];
-    case "ack_timeout": return [`✗ no answer from ${targets - answered} of ${all}`, "bad"];
+    case "ack_success": return [`✓ ${counted(targets)} answered success`, "good"];
+    case "ack_error": return [`✗ ${counted(answered - good)} failed, ${good} of ${targets} succeeded`, "bad"];
+    case "ack_timeout": return [`✗ no answer from ${targets - answered} of ${counted(targets)}`, "bad"];
     case "no_devices": return ["✗ no board was online for it", "bad"];
-    default: return [`… sent, ${answered} of ${all} answered`, ""];
+    default: return [`… sent, ${answered} of ${counted(targets)} answered`, ""];
   }
 }
 function paintCommand(command) {
-  const { row } = command;
+  const { row, to } = command, [words, className] = outcome(row), time = clock(millis(row.created_at));
   command.isNew = false;
   if (!command.item) {
     command.parts = [make("strong"), make("p"), make("summary"), make("pre")];
-    const [name, state, summary, answers] = command.parts;
-    command.item = make("li", {}, name, state, make("details", {}, summary, answers));
+    const [name, state, ...details] = command.parts;
+    command.item = make("li", {}, name, state, make("details", {}, ...details));
     $("commands").prepend(command.item);
     paintRemembered();
   }
-  const [name, state, summary, answers] = command.parts, type = row.device_type === "*" ? "all boards" : "every " + row.device_type;
-  say(name, `${row.command_name} → ${sentTo.get(row.command_id) ?? (row.target_device_count === 1 ? row.device_type : type)}`);
-  say(state, ...words(row));
-  say(summary, `${clock(millis(row.created_at))} · details`);
-  say(answers, [`payload ${JSON.stringify(row.payload)}`, ...Object.entries(row.response_data ?? {}).slice(0, 200)
-    .map(([id, answer]) => `${id}: ${answer?.status ?? ""} ${answer?.payload ? JSON.stringify(answer.payload) : ""}`)].join("\n"));
+  const [name, state, summary, answers] = command.parts, lines = Object.entries(row.response_data ?? {}).slice(0, 200)
+    .map(([id, answer]) => `${id}: ${answer?.status} ${answer?.payload ? JSON.stringify(answer.payload) : ""}`);
+  say(name, `${row.command_name} → ${to ?? row.device_type.replace(/^\*$/, "several types")}`);
+  say(state, words, className);
+  say(summary, `${time} · details`);
+  say(answers, [`payload ${JSON.stringify(row.payload)}`, ...lines].join("\n"));
+  if (row.command_id === stop) say($("said"), `Stop, ${time}: ${words}`, className);
 }
 
 // -- begin
-for (const [value, [word]] of Object.entries(FILTERS))
-  $("filters").append(make("button", { value, onclick: () => { filter = value; paintAll(); } }, word));
-for (const [value, [word]] of Object.entries(RANGES)) {
-  const press = () => [...$("ranges").children].forEach((button) => { button.ariaPressed = String(button.value === range); });
-  $("ranges").append(make("button", { value, onclick: () => { range = value; press(); loadPlots(); } }, word));
-  press();
+function addButtons(id, choices, choose) {
+  for (const [value, [word]] of Object.entries(choices))
+    $(id).append(make("button", { value, onclick: () => choose(value) }, word));
 }
+function chooseRange(value) {
+  range = value;
+  for (const button of $("ranges").children) button.ariaPressed = String(button.value === value);
+  if (shown) loadPlots();
+}
+addButtons("filters", FILTERS, (value) => { filter = value; paintAll(); });
+addButtons("ranges", RANGES, chooseRange);
+chooseRange(range);
 $("find").oninput = paintAll;
 $("ask").onclick = () => {
   const isOpen = $("command").classList.toggle("open");
@@ -3792,19 +3752,23 @@ $("ask").onclick = () => {
   say($("ask"), isOpen ? "Close" : "Command …");
   if (isOpen) $("verb").focus();
 };
-$("address").textContent = `${location.protocol.replace("http", "ws")}//${location.host}/ws/their_id`;
+$("delete").onclick = async () => {
+  if (!confirm(`Forget ${shown.id}, with its readings and its connection history?`)) return;
+  await ask(`devices/${shown.id}`, { method: "DELETE" }).catch((error) => say($("said"), error.message, "bad"));
+};
+$("address").textContent = `${location.protocol.replace("http", "ws")}//${location.host}/ws/its_id`;
 addEventListener("hashchange", route);
 addEventListener("online", follow);
-let woke = Date.now();
-setInterval(() => {  // a gap: the machine slept, and the stream may be dead without knowing
-  if (Date.now() - woke > 30000) follow();
-  woke = Date.now();
-  boards.forEach(touch);
+let awakeMs = Date.now();
+setInterval(() => {
+  if (Date.now() - awakeMs > 30000) follow();  // the machine slept: the stream may be dead without knowing
+  awakeMs = Date.now();
+  boards.forEach((board) => dirty.add(board));  // they say how long ago things were
   paintAll();
 }, 5000);
 setInterval(look, 10000);
-paintRemembered();
 look();
+paintRemembered();
 follow();
 </script>
 """
