@@ -3190,7 +3190,8 @@ main { max-width: 92rem; margin: auto; padding: 1rem; }
 .card .odd * { color: var(--odd); }
 svg { display: block; width: 100%; height: 1.2rem; overflow: visible; color: var(--blue); }
 path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
-path { vector-effect: non-scaling-stroke; } .grid, .cursor { stroke: var(--line); stroke-width: 1; } .cursor { stroke: var(--text); }
+path { vector-effect: non-scaling-stroke; }
+.grid, .cursor { stroke: var(--line); stroke-width: 1; } .cursor { stroke: var(--text); }
 .plot figcaption { display: flex; flex-wrap: wrap; gap: .2rem .8rem; justify-content: space-between; }
 .area { position: relative; margin: .6rem .5rem 1.4rem 3.6rem; touch-action: pan-y; } .area svg { height: 8rem; }
 .area small { position: absolute; white-space: nowrap; font-size: .75rem; font-variant-numeric: tabular-nums; }
@@ -3328,12 +3329,12 @@ function remember(trails, state, time, points) {
   }
 }
 function judge(trail, value) {  // odd is what is far from where this reading was lately; its first values teach that
-  const isLearning = trail.length < 12, awayBy = Math.abs(value - trail.middle);
-  const usual = Math.max(trail.spread, Math.abs(trail.middle) / 100);
+  const isLearning = trail.length < 12, share = 1 / (trail.isOdd ? 500 : Math.min(trail.length + 1, 64));
+  const awayBy = Math.abs(value - trail.middle), usual = Math.max(trail.spread, Math.abs(trail.middle) / 100);
   const step = isLearning ? awayBy : Math.min(awayBy, 3 * usual || 1);
   trail.isOdd = !isLearning && usual > 0 && awayBy > Math.max(8 * usual, Math.abs(trail.middle) / 4);
-  trail.middle += Math.sign(value - trail.middle) * step / 32;
-  trail.spread += (step - trail.spread) / 32;
+  trail.middle += Math.sign(value - trail.middle) * step * share;
+  trail.spread += (step - trail.spread) * share;
 }
 function span(points) {
   const values = points.map(([, value]) => value), low = Math.min(...values), high = Math.max(...values);
@@ -3548,12 +3549,15 @@ async function loadPlots() {  // of a time, some states of each of its hundredth
   const board = shown, mine = board.loading = {}, series = new Map();
   const lengthMs = RANGES[range][1], parts = lengthMs ? 100 : 1, begin = Date.now() + skewMs - lengthMs;
   const iso = (part) => new Date(begin + part * lengthMs / parts).toISOString();
+  let newest = "";
   try {
     for (let part = 0; part < parts && board.loading === mine; part += 1) {
       const time = lengthMs ? `&since=${iso(part)}&until=${iso(part + 1)}` : "";
       const { states } = await ask(`state-history/${board.id}?limit=${PLOT_POINTS / parts}${time}`);
-      for (const { state_data, timestamp } of states.reverse()) remember(series, state_data, timestamp, PLOT_POINTS);
+      for (const { state_data, timestamp } of states.reverse()) remember(series, state_data, newest = timestamp, PLOT_POINTS);
     }
+    const { state, state_timestamp } = board.device;
+    if (state_timestamp > newest) remember(series, state, state_timestamp, PLOT_POINTS);  // it came meanwhile
     if (board.loading === mine) board.series = series;
     paintLater();
   } catch (error) { say($("said"), `The readings of ${board.id} can't be read: ${error.message}`, "bad"); }
@@ -3725,7 +3729,7 @@ function paintCommand(command) {
   }
   const [name, state, summary, answers] = command.parts, lines = Object.entries(row.response_data ?? {}).slice(0, 200)
     .map(([id, answer]) => `${id}: ${answer?.status} ${answer?.payload ? JSON.stringify(answer.payload) : ""}`);
-  say(name, `${row.command_name} → ${to ?? row.device_type.replace(/^\*$/, "several types")}`);
+  say(name, `${row.command_name} → ${to ?? row.device_type.replace(/^\*$/, "all types")}`);
   say(state, words, className);
   say(summary, `${time} · details`);
   say(answers, [`payload ${JSON.stringify(row.payload)}`, ...lines].join("\n"));
