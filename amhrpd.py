@@ -4478,7 +4478,7 @@ class RestApi:
         return json_response((await self._gateway.registry.look_up(request.match_info["device_id"])).record())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """`GET /events`: what happens, as it happens. aiohttp-sse says every SILENCE_S that the connection is alive."""
+        """`GET /events`: what happens, as it happens, as server-sent events."""
         query = parse_query(request, ListenQuery)
         assert request.transport is not None
         names, device_ids = (None if text is None else text.split(",") for text in (query.event, query.device_id))
