@@ -2366,9 +2366,13 @@ class Events:
         while len(self._ring) > self.MAX_EVENTS or (self._ring_bytes > self.MAX_BYTES and len(self._ring) > 1):
             self._ring_bytes -= len(self._ring.popleft().text)
         for listener in self._listeners:
-            if listener.seen < self._last - len(self._ring):
+            if self._has_lost(listener):
                 listener.cut_off()
         self._news.set()
+
+    def _has_lost(self, listener: Listener) -> bool:
+        """Whether events that the listener has yet to take are out of the ring already."""
+        return listener.seen < self._last - len(self._ring)
 
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
@@ -2398,20 +2402,19 @@ class Events:
         reset = "" if is_known or last_event_id is None else "event: reset\ndata: {}\n"
         yield f"retry: 1000\nid: {self._run}-{listener.seen}\n{reset}\n".encode()  # an id to come back with before any event
         while True:
-            while listener.seen < self._last:
+            while listener.seen < self._last and not self._has_lost(listener):
                 piece = self._take_piece(listener)
                 for start in range(0, len(piece), self.PIECE_BYTES):
                     yield piece[start : start + self.PIECE_BYTES]
-            if self._is_closed:
+            if self._is_closed or self._has_lost(listener):
                 return
+            yield b""  # a look whether it is still there
             await asyncio.sleep(self.PAUSE_S)
             if listener.seen == self._last and not self._is_closed:
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(SILENCE_S):
                         await self._news.wait()
-                if listener.seen == self._last:
-                    yield b""  # a look whether it is still there
 
     def _take_piece(self, listener: Listener) -> bytes:
         """The next events that the listener wants, as many as make a piece."""

@@ -2364,6 +2364,20 @@ async def test_listener_that_reads_nothing_is_cut_off_and_costs_nobody_anything(
 
 
 @in_a_loop
+async def test_listener_that_is_overrun_is_cut_off_without_a_traceback(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Events, "MAX_EVENTS", 3)
+    async with gateway_on(database) as client, client.board("servo_1") as board, listening(client) as stream:
+        with logged() as events:
+            async with background(*(say(board, "alert", alert_type="n", message=str(number)) for number in range(50))):
+                with pytest.raises((EOFError, aiohttp.ClientError)):
+                    while True:
+                        await stream.next()
+            await eventually(lambda: alert_says(client, "servo_1", "49"))
+            await asyncio.sleep(amhrpd.Events.PAUSE_S * 2)
+        assert not named(events, "request_failed")
+
+
+@in_a_loop
 async def test_sixty_five_do_not_listen_at_once(database: Path) -> None:
     async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
         for _ in range(64):
