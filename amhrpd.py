@@ -3157,7 +3157,8 @@ button, .button, input, select, textarea {
   min-height: 2.75rem; padding: .4rem .8rem; font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem;
 }
-input, select, textarea { width: 100%; } textarea, pre, td { font: .9rem/1.4 ui-monospace, monospace; }
+input, select, textarea { width: 100%; } ::placeholder { color: var(--soft); }
+textarea, pre, td { font: .9rem/1.4 ui-monospace, monospace; }
 button, .button { cursor: pointer; text-decoration: none; } .button { line-height: 1.8; }
 button:disabled { opacity: .5; cursor: default; }
 [aria-pressed=true] { border-color: var(--blue); box-shadow: inset 0 0 0 1px var(--blue); }
@@ -3182,10 +3183,10 @@ main { max-width: 92rem; margin: auto; padding: 1rem; }
 .card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; padding: .8rem 1rem; }
 .card { position: relative; border-left: .35rem solid var(--good); }
 .card { content-visibility: auto; contain-intrinsic-size: auto 12rem; min-height: 6rem; }
-.card.look { border-color: var(--odd); } .card.offline { border-color: var(--bad); } .card.offline dl { opacity: .55; }
+.card.look { border-color: var(--odd); } .card.offline { border-color: var(--bad); } .card.offline dl { opacity: .7; }
 .card h2 { display: flex; gap: .6rem; justify-content: space-between; margin: 0; } .card h2 span { white-space: nowrap; }
 .card a { color: inherit; } .card a::after { content: ""; position: absolute; inset: 0; } .card small { display: block; }
-.card dl { margin-top: .5rem; }
+.card dl { margin-top: .5rem; } .card p { max-height: 4.2em; overflow: hidden; }
 .card dl div { display: grid; gap: .7rem; grid-template-columns: minmax(0, 6.3rem) 1fr minmax(4.2rem, auto); }
 .card dl div { align-items: center; }
 .card dt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -3547,7 +3548,7 @@ function route() {
   loadHistory();
   paintLater();
 }
-const RANGES = { states: ["Last 1,000 states", 0], hour: ["An hour", 3600e3], day: ["A day", 86400e3] };
+const RANGES = { states: ["1,000 states", 0], hour: ["An hour", 3600e3], day: ["A day", 86400e3] };
 async function loadPlots() {  // of a time, some states of each of its hundredths
   const board = shown, mine = board.loading = {}, series = new Map();
   const lengthMs = RANGES[range][1], parts = lengthMs ? 100 : 1, begin = Date.now() + skewMs - lengthMs;

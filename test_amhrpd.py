@@ -4257,7 +4257,7 @@ async def test_page_shows_one_board_in_depth(database: Path) -> None:
             await shows(page, ".plot output", "29 at ")
             await plot.locator(".area").hover(position={"x": 1, "y": 40})
             await shows(page, ".plot output", "1 at ")
-            for name in ("An hour", "A day", "Last 1,000 states"):
+            for name in ("An hour", "A day", "1,000 states"):
                 await page.get_by_role("button", name=name).click()
                 await shows(page, ".plot output", "30")
             await say(board, "status", payload={"angle": 31})
