@@ -3549,19 +3549,25 @@ function route() {
   paintLater();
 }
 const RANGES = { states: ["1,000 states", 0], hour: ["An hour", 3600e3], day: ["A day", 86400e3] };
-async function loadPlots() {  // of a time, some states of each of its hundredths
-  const board = shown, mine = board.loading = {}, series = new Map();
-  const lengthMs = RANGES[range][1], parts = lengthMs ? 100 : 1, begin = Date.now() + skewMs - lengthMs;
+async function readSeries(board, lengthMs, parts) {  // the newest states, or as many of each part of a time until now
+  const series = new Map(), begin = Date.now() + skewMs - lengthMs, limit = PLOT_POINTS / parts;
   const iso = (part) => new Date(begin + part * lengthMs / parts).toISOString();
-  let newest = "";
+  let count = 0, newest = "";
+  for (let part = 0; part < parts; part += 1) {
+    const time = lengthMs ? `&since=${iso(part)}&until=${iso(part + 1)}` : "";
+    const { states } = await ask(`state-history/${board.id}?limit=${limit}${time}`);
+    for (const { state_data, timestamp } of states.reverse()) remember(series, state_data, newest = timestamp, PLOT_POINTS);
+    count += states.length;
+  }
+  const { state, state_timestamp } = board.device;
+  if (state_timestamp > newest) remember(series, state, state_timestamp, PLOT_POINTS);  // it came meanwhile
+  return [series, count];
+}
+async function loadPlots() {
+  const board = shown, mine = board.loading = {}, lengthMs = RANGES[range][1];
   try {
-    for (let part = 0; part < parts && board.loading === mine; part += 1) {
-      const time = lengthMs ? `&since=${iso(part)}&until=${iso(part + 1)}` : "";
-      const { states } = await ask(`state-history/${board.id}?limit=${PLOT_POINTS / parts}${time}`);
-      for (const { state_data, timestamp } of states.reverse()) remember(series, state_data, newest = timestamp, PLOT_POINTS);
-    }
-    const { state, state_timestamp } = board.device;
-    if (state_timestamp > newest) remember(series, state, state_timestamp, PLOT_POINTS);  // it came meanwhile
+    let [series, count] = await readSeries(board, lengthMs, 1);
+    if (lengthMs && count >= PLOT_POINTS) [series] = await readSeries(board, lengthMs, 50);  // too many to draw them all
     if (board.loading === mine) board.series = series;
     paintLater();
   } catch (error) { say($("said"), `The readings of ${board.id} can't be read: ${error.message}`, "bad"); }
