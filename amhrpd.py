@@ -3911,29 +3911,26 @@ class EventsQuery(HistoryQuery, kw_only=True):
         return super().filters(last) | ({"event": self.event} if self.event else {})
 
 
+DeviceIdsText = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=rf"\A{DEVICE_ID_PATTERN}(,{DEVICE_ID_PATTERN})*\Z", title="one device_id or several, with commas between"
+    ),
+]
+EventsText = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A(device|state|command|alert)(,(device|state|command|alert))*\Z",
+        title="device, state, command or alert, or several of them with commas between",
+    ),
+]
+
+
 class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`GET /events`."""
 
-    device_id: (
-        Annotated[
-            str,
-            msgspec.Meta(
-                pattern=rf"\A{DEVICE_ID_PATTERN}(,{DEVICE_ID_PATTERN})*\Z",
-                title="one device_id or several, with commas between",
-            ),
-        ]
-        | None
-    ) = None
-    event: (
-        Annotated[
-            str,
-            msgspec.Meta(
-                pattern=r"\A(device|state|command|alert)(,(device|state|command|alert))*\Z",
-                title="device, state, command or alert, or several of them with commas between",
-            ),
-        ]
-        | None
-    ) = None
+    device_id: DeviceIdsText | None = None
+    event: EventsText | None = None
     device_type: str | None = None
 
 
