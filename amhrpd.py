@@ -3530,7 +3530,7 @@ function paintFleet() {
 
 // -- one board in depth
 function route() {
-  const board = boards.get(decodeURIComponent(location.hash.slice(1))) ?? null;
+  const board = boards.get(location.hash.slice(1)) ?? null;
   if (board === shown) return;
   shown = board;
   $("fleet").hidden = Boolean(board);
@@ -3766,6 +3766,7 @@ $("ask").onclick = () => {
   say($("ask"), isOpen ? "Close" : "Command …");
   if (isOpen) $("verb").focus();
 };
+$("command").onkeydown = ({ key }) => { if (key === "Escape" && $("command").classList.contains("open")) $("ask").click(); };
 $("delete").onclick = async () => {
   if (!confirm(`Forget ${shown.id}, with its readings and its connection history?`)) return;
   await ask(`devices/${shown.id}`, { method: "DELETE" }).catch((error) => say($("said"), error.message, "bad"));

@@ -4267,6 +4267,8 @@ async def test_page_shows_one_board_in_depth(database: Path) -> None:
             assert await page.get_by_role("button", name="Delete").is_disabled()
             csv = await page.get_by_role("link", name="Download CSV").get_attribute("href")
             assert csv == "state-history/servo_1?format=csv&limit=100000"
+            async with client.session.get(f"http://127.0.0.1:{client.port}/{csv}") as response:
+                assert (response.status, response.content_type) == (200, "text/csv")
             assert await page.locator("#to").input_value() == "id servo_1"
         await shows(page, "#history tr", "disconnected")
         page.on("dialog", lambda dialog: dialog.accept())
