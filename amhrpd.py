@@ -15,6 +15,7 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Events          who listens to what happens
     Gateway         what happens when: the verbs
     Device socket   one board's connection: frame -> message -> verb, error -> reply
+    Page            what a browser shows at /
     REST            thin handlers, access rules, one shape for every error
     Service         logging, systemd, start and stop in order
     Simulator       boards to try the gateway with
@@ -38,6 +39,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import hmac
 import io
 import ipaddress
@@ -2418,9 +2420,13 @@ class Events:
         while len(self._ring) > self.MAX_EVENTS or (self._ring_bytes > self.MAX_BYTES and len(self._ring) > 1):
             self._ring_bytes -= len(self._ring.popleft().text)
         for listener in self._listeners:
-            if listener.seen < self._last - len(self._ring):
+            if self._has_lost(listener):
                 listener.cut_off()
         self._news.set()
+
+    def _has_lost(self, listener: Listener) -> bool:
+        """Whether events that the listener has yet to take are out of the ring already."""
+        return listener.seen < self._last - len(self._ring)
 
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
@@ -2450,20 +2456,19 @@ class Events:
         reset = "" if is_known or last_event_id is None else "event: reset\ndata: {}\n"
         yield f"retry: 1000\nid: {self._run}-{listener.seen}\n{reset}\n".encode()  # an id to come back with before any event
         while True:
-            while listener.seen < self._last:
+            while listener.seen < self._last and not self._has_lost(listener):
                 piece = self._take_piece(listener)
                 for start in range(0, len(piece), self.PIECE_BYTES):
                     yield piece[start : start + self.PIECE_BYTES]
-            if self._is_closed:
+            if self._is_closed or self._has_lost(listener):
                 return
+            yield b""  # a look whether it is still there
             await asyncio.sleep(self.PAUSE_S)
             if listener.seen == self._last and not self._is_closed:
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(SILENCE_S):
                         await self._news.wait()
-                if listener.seen == self._last:
-                    yield b""  # a look whether it is still there
 
     def _take_piece(self, listener: Listener) -> bytes:
         """The next events that the listener wants, as many as make a piece."""
@@ -3194,6 +3199,684 @@ class DeviceSocket(Connection):
 
 
 # ======================================================================================================================
+# Page
+# ======================================================================================================================
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>AMHR-PD</title>
+<link rel="icon" href="data:image/svg+xml,
+  %3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230a5bc8'/%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif; color: var(--text); background: var(--page);
+  --page: light-dark(#f3f5f7, #0e1216); --card: light-dark(#fff, #181e25); --line: light-dark(#dce1e7, #2c3540);
+  --text: light-dark(#161b22, #e8ecf1); --soft: light-dark(#566270, #9ba8b7); --blue: light-dark(#0a5bc8, #78b4ff);
+  --good: light-dark(#0b6e38, #56cf93); --bad: light-dark(#b3221a, #ff8a7d); --odd: light-dark(#855300, #f3bd55);
+}
+* { box-sizing: border-box; margin: 0; padding: 0; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; } h1:focus-visible { outline: none; }
+body { padding-bottom: 9rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin-bottom: .5rem; } ul { list-style: none; } a { color: var(--blue); }
+small, th, dt { color: var(--soft); font-weight: normal; }
+.good { color: var(--good); } .bad { color: var(--bad); } .odd { color: var(--odd); }
+button, .button, input, select, textarea {
+  min-height: 2.75rem; padding: .4rem .8rem; font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem;
+}
+input, select, textarea { width: 100%; } ::placeholder { color: var(--soft); }
+textarea, pre, td { font: .9rem/1.4 ui-monospace, monospace; }
+button, .button { cursor: pointer; text-decoration: none; } .button { line-height: 1.8; }
+button:disabled { opacity: .5; cursor: default; }
+[aria-pressed=true] { border-color: var(--blue); box-shadow: inset 0 0 0 1px var(--blue); }
+#stop, #send { color: #fff; font-weight: 700; }
+#stop { background: #b3221a; border-color: #b3221a; } #send { background: #0a5bc8; border-color: #0a5bc8; }
+header, .reach { background: var(--card); border: 0 solid var(--line); padding: .6rem 1rem; }
+header {
+  position: sticky; top: 0; z-index: 2; border-bottom-width: 1px;
+  display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center;
+}
+header a { color: inherit; font-weight: 700; text-decoration: none; } #link { flex: 1; } #notice { flex-basis: 100%; }
+.reach {
+  position: fixed; inset: auto 0 0; z-index: 3; border-top-width: 1px;
+  display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; align-items: center;
+}
+.reach output { grid-column: 1 / -1; } .reach output:empty { display: none; }
+.reach button { min-height: 3.5rem; font-weight: 700; }
+main { max-width: 92rem; margin: auto; padding: 1rem; }
+.bar { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; } .bar input { flex: 1 1 12rem; }
+#fleet, #board, #plots { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); }
+#boards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; padding: .8rem 1rem; }
+.card { position: relative; border-left: .35rem solid var(--good); }
+.card { content-visibility: auto; contain-intrinsic-size: auto 12rem; min-height: 6rem; }
+.card.look { border-color: var(--odd); } .card.offline { border-color: var(--bad); } .card.offline dl { opacity: .7; }
+.card h2 { display: flex; gap: .6rem; justify-content: space-between; margin: 0; } .card h2 span { white-space: nowrap; }
+.card a { color: inherit; } .card a::after { content: ""; position: absolute; inset: 0; } .card small { display: block; }
+.card dl { margin-top: .5rem; } .card p { max-height: 4.2em; overflow: hidden; }
+.card dl div { display: grid; gap: .7rem; grid-template-columns: minmax(0, 6.3rem) 1fr minmax(4.2rem, auto); }
+.card dl div { align-items: center; }
+.card dt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.card dd { text-align: right; font-weight: 600; line-height: 1.8; font-variant-numeric: tabular-nums; }
+.card .odd * { color: var(--odd); }
+svg { display: block; width: 100%; height: 1.2rem; overflow: visible; color: var(--blue); }
+path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
+path { vector-effect: non-scaling-stroke; }
+.grid, .cursor { stroke: var(--line); stroke-width: 1; } .cursor { stroke: var(--text); }
+.plot figcaption { display: flex; flex-wrap: wrap; gap: .2rem .8rem; justify-content: space-between; }
+.area { position: relative; margin: .6rem .5rem 1.4rem 3.6rem; touch-action: pan-y; } .area svg { height: 8rem; }
+.area small { position: absolute; white-space: nowrap; font-size: .75rem; font-variant-numeric: tabular-nums; }
+.area .y { right: calc(100% + .5rem); translate: 0 -50%; } .area .x { top: calc(100% + .3rem); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; overflow-wrap: normal; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; } pre { white-space: pre-wrap; }
+form { display: grid; gap: .6rem; } label { display: grid; gap: .2rem; }
+#again { display: flex; flex-wrap: wrap; gap: .4rem; margin: .8rem 0; }
+#again button { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: .9rem; }
+#commands li { padding: .5rem 0; border-top: 1px solid var(--line); } summary { min-height: 1.8rem; cursor: pointer; }
+#command {
+  position: fixed; inset: auto 0 4.7rem; z-index: 2; max-height: 75dvh; overflow: auto; display: none;
+  border-radius: .9rem .9rem 0 0; box-shadow: 0 -.5rem 2rem #0005;
+}
+#command.open { display: block; }
+@media (min-width: 60rem) {
+  body { padding-bottom: 0; } #ask { display: none; }
+  main { display: grid; grid-template-columns: minmax(0, 1fr) 22rem; gap: 1rem; align-items: start; }
+  #plots { grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); }
+  .reach { position: static; border: 0; padding: 0; grid-template-columns: auto auto; } .reach output { grid-column: auto; }
+  .reach button { min-height: 2.75rem; padding: 0 1.4rem; }
+  #command { display: block; position: sticky; top: 5rem; max-height: calc(100dvh - 6rem); }
+  #command { border-radius: .9rem; box-shadow: none; }
+}
+</style>
+<header>
+  <a href="#">AMHR-PD</a>
+  <p id="link" role="status">○ connecting …</p>
+  <p id="notice" role="status" class="odd" hidden></p>
+  <div class="reach">
+    <output id="said" role="alert"></output>
+    <button id="ask" aria-expanded="false" aria-controls="command">Command …</button>
+    <button id="stop" aria-label="Stop all boards">■ STOP ALL</button>
+  </div>
+</header>
+<main>
+  <section id="fleet" aria-label="Boards">
+    <div class="bar">
+      <div id="filters" class="bar" role="group" aria-label="Which boards to show"></div>
+      <input id="find" type="search" placeholder="Find a board or a type" aria-label="Find a board or a type">
+    </div>
+    <ul id="boards"></ul>
+    <p id="none" hidden>No board has connected yet. Boards connect to <code id="address"></code>.</p>
+  </section>
+  <section id="board" aria-labelledby="name" hidden>
+    <div><a href="#">← all boards</a><h1 id="name" tabindex="-1"></h1><p id="facts"></p><p id="alert" class="odd"></p></div>
+    <div class="bar">
+      <div id="ranges" class="bar" role="group" aria-label="Range of the plots"></div>
+      <a id="csv" class="button" download>Download CSV</a><button id="delete">Delete …</button>
+    </div>
+    <div id="plots" aria-live="off"></div>
+    <div class="panel" id="others"><h2>Other readings</h2><pre id="texts"></pre></div>
+    <div class="panel"><h2>Connections</h2><div class="wide"><table><thead><tr><th>When<th>What<th>Why<th>Lasted</thead>
+      <tbody id="history"></tbody></table></div></div>
+    <div class="panel"><h2>Metadata</h2><pre id="metadata"></pre></div>
+  </section>
+  <aside id="command" class="panel" aria-labelledby="title">
+    <h2 id="title">Send a command</h2>
+    <form id="form">
+      <label>To <select id="to"></select></label>
+      <label id="several" hidden>Boards, with commas between <input id="ids" autocomplete="off" spellcheck="false"></label>
+      <label>Command <input id="verb" list="verbs" required maxlength="255" autocapitalize="off" autocomplete="off"
+        placeholder="blink"></label><datalist id="verbs"></datalist>
+      <label>Payload (JSON, may be empty) <textarea id="payload" rows="2" spellcheck="false"
+        placeholder='{"count": 5}'></textarea></label>
+      <button id="send">Send</button>
+      <output id="answer" role="alert" class="bad"></output>
+    </form>
+    <div id="again" role="group" aria-label="Fill in a command sent before"></div>
+    <h2>Latest commands</h2>
+    <ul id="commands"></ul>
+  </aside>
+</main>
+<script>
+"use strict";
+const $ = (id) => document.getElementById(id);
+const SPARK_POINTS = 120, PLOT_POINTS = 1000, MAX_READINGS = 40, MAX_COMMANDS = 15, PAINT_MS = 300;
+const order = new Intl.Collator(undefined, { numeric: true }).compare;
+const boards = new Map(), commands = new Map();
+let shown = null, filter = "all", range = "states", skewMs = 0, stream = null, isAway = true;
+
+// -- what boards say goes into the page here, as text
+function make(tag, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+function say(node, text, className = node.className) {
+  if (node.textContent !== text) node.textContent = text;
+  if (node.className !== className) node.className = className;
+}
+function draw(lines) {  // class -> path, in a square of 100 by 100 that is stretched
+  const create = (tag, attributes) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    return node;
+  };
+  const svg = create("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
+  svg.append(...Object.entries(lines).map(([name, d]) => create("path", { class: name, d })));
+  return svg;
+}
+
+// -- times, numbers, words
+const millis = (time) => Date.parse(time + "Z");
+const clock = (ms, options = { timeStyle: "medium" }) => new Date(ms).toLocaleString(undefined, options);
+const age = (time) => (Date.now() + skewMs - millis(time)) / 1000;
+const ago = (time) => !time ? "never" : age(time) < 3 ? "now" : lasting(age(time)) + " ago";
+function lasting(s) {
+  const [unit, word] = s < 90 ? [1, "s"] : s < 5400 ? [60, "min"] : s < 129600 ? [3600, "h"] : [86400, "days"];
+  return `${Math.max(0, Math.round(s / unit))} ${word}`;
+}
+const counted = (n) => `${n} board${n === 1 ? "" : "s"}`;
+const write = (value) => typeof value === "number" ? String(+value.toPrecision(7))
+  : typeof value === "string" ? value : JSON.stringify(value);
+const alertWords = ({ alert }) => alert ? `⚠ ${alert.type}: ${alert.message} (${ago(alert.timestamp)})` : "";
+function seenWords({ is_online, state_timestamp, last_heartbeat, disconnected_at }) {
+  const heard = [state_timestamp, last_heartbeat].filter(Boolean).sort().at(-1);
+  return is_online ? `seen ${ago(heard)}` : `last seen ${ago(disconnected_at ?? heard)}`;
+}
+
+// -- readings
+function* readings(state, prefix = "") {  // an object inside gives `outer.inner`
+  for (const [name, value] of Object.entries(state ?? {}).slice(0, MAX_READINGS))
+    if (value && typeof value === "object" && !Array.isArray(value) && !prefix) yield* readings(value, name + ".");
+    else yield [prefix + name, value];
+}
+function remember(trails, state, time, points) {
+  for (const [name, value] of readings(state)) {
+    if (typeof value !== "number" || (!trails.has(name) && trails.size >= MAX_READINGS)) continue;
+    if (!trails.has(name)) trails.set(name, Object.assign([], { middle: value, spread: 0, isOdd: false }));
+    const trail = trails.get(name);
+    judge(trail, value);
+    trail.push([millis(time), value]);
+    if (trail.length > points) trail.shift();
+  }
+}
+function judge(trail, value) {  // odd is what is far from where this reading was lately; its first values teach that
+  const isLearning = trail.length < 12, share = 1 / (trail.isOdd ? 500 : Math.min(trail.length + 1, 64));
+  const awayBy = Math.abs(value - trail.middle), usual = Math.max(trail.spread, Math.abs(trail.middle) / 100);
+  const step = isLearning ? awayBy : Math.min(awayBy, 3 * usual || 1);
+  trail.isOdd = !isLearning && usual > 0 && awayBy > Math.max(8 * usual, Math.abs(trail.middle) / 4);
+  trail.middle += Math.sign(value - trail.middle) * step * share;
+  trail.spread += (step - trail.spread) * share;
+}
+function span(points) {
+  const values = points.map(([, value]) => value), low = Math.min(...values), high = Math.max(...values);
+  return high > low ? [low, high] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+}
+function trace(points, [low, high], gapMs = Infinity) {
+  const from = points[0][0], lengthMs = points.at(-1)[0] - from || 1;
+  return points.map(([ms, value], index) => {
+    const x = (ms - from) / lengthMs * 100, y = (high - value) / (high - low) * 100;
+    const isStart = index === 0 || ms - points[index - 1][0] > gapMs;
+    return `${isStart ? "M" : "L"}${x.toFixed(2)} ${y.toFixed(2)}${isStart ? "h0" : ""}`;
+  }).join("");
+}
+
+// -- the gateway
+async function ask(path, options) {
+  const answer = await fetch(path, { signal: AbortSignal.timeout(15000), ...options }), content = await answer.json();
+  if (answer.status === 401 && !$("notice").querySelector("button")) {  // opened again, the browser asks for the token
+    const again = make("button", { onclick: () => location.reload() }, "Enter the token");
+    $("notice").replaceChildren("The gateway wants another token. ", again);
+    $("notice").hidden = false;
+  }
+  if (content.error) throw new Error(content.error);
+  return content;
+}
+function follow() {
+  stream?.close();
+  stream = new EventSource("events");
+  stream.addEventListener("open", () => { isAway = false; paintAll(); });
+  stream.addEventListener("open", load, { once: true });
+  stream.addEventListener("reset", load);
+  stream.addEventListener("error", () => {
+    isAway = true;
+    paintAll();
+    if (stream.readyState !== EventSource.CLOSED) return;  // then it tries again by itself
+    setTimeout(follow, 2000);
+    ask("devices?device_type=-").catch(() => {});  // says why
+  });
+  for (const [name, act] of Object.entries({ device: onDevice, state: onState, command: onCommand, alert: onAlert }))
+    stream.addEventListener(name, ({ data }) => held ? held.push([act, JSON.parse(data)]) : act(JSON.parse(data)));
+}
+let held = null;  // what happens while the boards are read, for afterwards
+async function load() {
+  const mine = held = [];
+  try {
+    const [{ devices }, { logs }] = await Promise.all([ask("devices"), ask(`command-logs?limit=${MAX_COMMANDS}`)]);
+    if (mine !== held) return;
+    held = null;
+    const known = new Set(devices.map(({ device_id }) => device_id));
+    [...boards.keys()].filter((id) => !known.has(id)).forEach(forget);
+    devices.sort((a, b) => order(a.device_id, b.device_id)).forEach(onDevice);
+    logs.reverse().forEach(onCommand);
+    mine.forEach(([act, record]) => act(record));
+    watcher.disconnect();  // observed anew, those in view are filled anew
+    for (const board of boards.values()) { board.isFilled = false; watcher.observe(board.card); }
+    if (shown) loadPlots();
+    route();
+  } catch { if (mine === held) setTimeout(load, 2000); }
+}
+async function look() {
+  try {
+    const { status, database, notice, timestamp } = await ask("health");
+    if (!timestamp) return;  // without the token it says no more than the status
+    skewMs = millis(timestamp) - Date.now();
+    say($("notice"), [status === "ok" ? "" : `The gateway is degraded: ${database}.`, notice ?? ""].join(" ").trim());
+    $("notice").hidden = !$("notice").textContent;
+  } catch { /* the stream tells that it is away */ }
+}
+
+// -- what happens
+function onDevice(device) {
+  const id = device.device_id, board = boards.get(id) ?? { id, trails: new Map(), isSeen: false, isFilled: false };
+  if (device.deleted) return forget(id);
+  if (!boards.has(id)) addCard(board);
+  board.device = device;
+  if (board === shown) loadHistory();
+  dirty.add(board);
+  paintAll();
+}
+function onState({ device_id, state, timestamp }) {
+  const board = boards.get(device_id);
+  if (!board || board.device.state_timestamp >= timestamp) return;
+  Object.assign(board.device, { state, state_timestamp: timestamp });
+  remember(board.trails, state, timestamp, SPARK_POINTS);
+  if (board === shown && board.series) remember(board.series, state, timestamp, PLOT_POINTS);
+  dirty.add(board);
+  paintLater();
+}
+function onAlert({ device_id, ...alert }) {
+  const board = boards.get(device_id);
+  if (!board) return;
+  board.device.alert = alert;
+  dirty.add(board);
+  paintAll();
+}
+function forget(id) {
+  const board = boards.get(id);
+  if (!board) return;
+  boards.delete(id);
+  dirty.delete(board);
+  watcher.unobserve(board.card);
+  board.card.remove();
+  if (board === shown) location.hash = "";
+  paintAll();
+}
+
+// -- painting: a few times a second, and only what is in view
+const dirty = new Set(), toFill = [];
+let timer = 0, filling = 0, isFleetNew = true;
+function paintLater() { timer ||= setTimeout(() => requestAnimationFrame(paint), PAINT_MS); }
+function paintAll() { isFleetNew = true; paintLater(); }
+function paint() {
+  timer = 0;
+  for (const board of dirty) if (board.isSeen) { dirty.delete(board); paintCard(board); }
+  if (isFleetNew) paintFleet();
+  if (shown) paintBoard(shown);
+  for (const command of commands.values()) if (command.isNew) paintCommand(command);
+}
+const watcher = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    const board = boards.get(target.dataset.id);
+    if (!board) continue;
+    board.isSeen = isIntersecting;
+    if (isIntersecting) { dirty.add(board); toFill.push(board); }
+  }
+  paintLater();
+  fill();
+}, { rootMargin: "200px" });
+async function fill() {  // sparklines begin with what the history has
+  while (filling < 3 && toFill.length) {
+    const board = toFill.pop();
+    if (!board.isSeen || board.isFilled) continue;
+    board.isFilled = true;
+    filling += 1;
+    try {
+      const { states } = await ask(`state-history/${board.id}?limit=${SPARK_POINTS}`);
+      board.trails.clear();
+      for (const { state_data, timestamp } of states.reverse()) remember(board.trails, state_data, timestamp, SPARK_POINTS);
+      dirty.add(board);
+      paintAll();
+    } catch { board.isFilled = false; }
+    filling -= 1;
+  }
+}
+function addCard(board) {
+  board.word = make("span");
+  board.body = make("div");
+  board.card = make("li", {}, make("h2", {}, make("a", { href: "#" + board.id }, board.id), board.word), board.body);
+  board.card.dataset.id = board.id;
+  const isAfter = (card) => order(card.dataset.id, board.id) > 0, last = $("boards").lastElementChild;
+  $("boards").insertBefore(board.card, last && isAfter(last) ? [...$("boards").children].find(isAfter) : null);
+  boards.set(board.id, board);
+  watcher.observe(board.card);
+}
+const isOffline = ({ device }) => !device.is_online;
+const isOdd = ({ device, trails }) => device.alert && age(device.alert.timestamp) < 3600
+  || [...trails.values()].some((trail) => trail.isOdd);
+function paintCard(board) {
+  const { device, trails, card, word, body } = board, all = [...readings(device.state)];
+  const rows = all.slice(0, 6).map(([name, value]) => {
+    const trail = trails.get(name), [className, mark, title] = trail?.isOdd ? ["odd", "⚠ ", "unusual"] : ["", "", ""];
+    return make("div", { className, title }, make("dt", { title: name }, name),
+      draw(trail ? { spark: trace(trail, span(trail)) } : {}), make("dd", {}, mark + write(value).slice(0, 60)));
+  });
+  card.className = `card ${isOffline(board) ? "offline" : isOdd(board) ? "look" : ""}`;
+  say(word, ...stateWords(device));
+  body.replaceChildren(make("small", {}, `${device.device_type} · ${seenWords(device)}`),
+    make("p", { className: "odd" }, alertWords(device)), make("dl", {}, ...rows),
+    make("small", {}, all.length > 6 ? `and ${all.length - 6} more` : ""));
+}
+const stateWords = ({ is_online }) => is_online ? ["● online", "good"] : ["■ offline", "bad"];
+const FILTERS = { all: ["All", () => true, ""], offline: ["■ Offline", isOffline, "bad"], look: ["⚠ Look at", isOdd, "odd"] };
+function paintFleet() {
+  isFleetNew = false;
+  const all = [...boards.values()], offline = all.filter(isOffline).length, sought = $("find").value.trim().toLowerCase();
+  for (const button of $("filters").children) {
+    const [word, fits, className] = FILTERS[button.value], count = all.filter(fits).length;
+    say(button, `${word} ${count}`, count ? className : "");
+    button.ariaPressed = String(filter === button.value);
+  }
+  for (const board of all)
+    board.card.hidden = !FILTERS[filter][1](board) || !`${board.id} ${board.device.device_type}`.toLowerCase().includes(sought);
+  $("none").hidden = all.length > 0 || isAway;
+  const live = `● live · ${all.length - offline} of ${counted(all.length)} online`;
+  say($("link"), ...isAway ? ["■ The gateway doesn't answer. Trying again …", "bad"] : [live, "good"]);
+  document.title = (isAway ? "away · " : offline ? `${offline} offline · ` : "") + "AMHR-PD";
+  paintTargets(all);
+}
+
+// -- one board in depth
+function route() {
+  const board = boards.get(location.hash.slice(1)) ?? null;
+  if (board === shown) return;
+  shown = board;
+  $("fleet").hidden = Boolean(board);
+  $("board").hidden = !board;
+  $("plots").replaceChildren();
+  if (!board) return;
+  Object.assign(board, { plots: new Map(), series: null });
+  say($("name"), board.id);
+  $("name").focus();
+  scrollTo(0, 0);
+  $("csv").href = `state-history/${board.id}?format=csv&limit=100000`;
+  $("to").value = "id " + board.id;
+  $("to").onchange();
+  loadPlots();
+  loadHistory();
+  paintLater();
+}
+const RANGES = { states: ["1,000 states", 0], hour: ["An hour", 3600e3], day: ["A day", 86400e3] };
+async function readSeries(board, lengthMs, parts) {  // the newest states, or as many of each part of a time until now
+  const series = new Map(), begin = Date.now() + skewMs - lengthMs, limit = PLOT_POINTS / parts;
+  const iso = (part) => new Date(begin + part * lengthMs / parts).toISOString();
+  let count = 0, newest = "";
+  for (let part = 0; part < parts; part += 1) {
+    const time = lengthMs ? `&since=${iso(part)}&until=${iso(part + 1)}` : "";
+    const { states } = await ask(`state-history/${board.id}?limit=${limit}${time}`);
+    for (const { state_data, timestamp } of states.reverse()) remember(series, state_data, newest = timestamp, PLOT_POINTS);
+    count += states.length;
+  }
+  const { state, state_timestamp } = board.device;
+  if (state_timestamp > newest) remember(series, state, state_timestamp, PLOT_POINTS);  // it came meanwhile
+  return [series, count];
+}
+async function loadPlots() {
+  const board = shown, mine = board.loading = {}, lengthMs = RANGES[range][1];
+  try {
+    let [series, count] = await readSeries(board, lengthMs, 1);
+    if (lengthMs && count >= PLOT_POINTS) [series] = await readSeries(board, lengthMs, 50);  // too many to draw them all
+    if (board.loading === mine) board.series = series;
+    paintLater();
+  } catch (error) { say($("said"), `The readings of ${board.id} can't be read: ${error.message}`, "bad"); }
+}
+async function loadHistory() {
+  const board = shown, cell = (text, className = "") => make("td", { className }, text);
+  const { events } = await ask(`device-connection-history/${board.id}?limit=30`).catch(() => ({ events: [] }));
+  if (board === shown) $("history").replaceChildren(...events.map(({ event, timestamp, details }) => make("tr", {},
+    cell(clock(millis(timestamp), { dateStyle: "short", timeStyle: "medium" })),
+    cell(event, event === "connected" ? "good" : "bad"), cell(String(details?.reason ?? details?.peer ?? "")),
+    cell(details?.seconds_connected === undefined ? "" : lasting(details.seconds_connected)))));
+}
+function paintBoard({ device, plots, series }) {
+  const [word, className] = stateWords(device), texts = [...readings(device.state)].filter(([name]) => !series?.has(name));
+  $("facts").replaceChildren(make("span", { className }, word), ` · ${device.device_type} · ${seenWords(device)}`,
+    device.is_online ? ` · connected ${ago(device.connected_at)}` : "",
+    device.deadman_at ? ` · deadman due ${clock(millis(device.deadman_at))}` : "");
+  say($("alert"), alertWords(device));
+  $("delete").disabled = device.is_online;
+  $("delete").title = device.is_online ? "Only a board that is offline can be deleted" : "";
+  say($("texts"), texts.map(([name, value]) => `${name}: ${write(value)}`).join("\n"));
+  $("others").hidden = !texts.length;
+  say($("metadata"), JSON.stringify(device.metadata, null, 2));
+  for (const [name, points] of series ?? []) {
+    if (!plots.has(name)) plots.set(name, makePlot(name));
+    paintPlot(Object.assign(plots.get(name), { points }));
+  }
+  for (const [name, { figure }] of plots) if (!series?.has(name)) { plots.delete(name); figure.remove(); }
+}
+function makePlot(name) {  // `at` is the point that is read; null is the latest
+  const value = make("output"), area = make("div", { className: "area", tabIndex: 0, role: "slider", ariaLabel: name });
+  const figure = make("figure", { className: "plot panel" }, make("figcaption", {}, make("strong", {}, name), value), area);
+  const plot = { figure, area, value, points: [], at: null };
+  const read = (at) => { plot.at = at; paintPlot(plot); };
+  area.onpointermove = area.onpointerdown = ({ clientX }) => {
+    const { left, width } = area.getBoundingClientRect(), { points } = plot, from = points[0][0];
+    const ms = from + (clientX - left) / width * (points.at(-1)[0] - from);
+    read(points.reduce((best, [at], index) => Math.abs(at - ms) < Math.abs(points[best][0] - ms) ? index : best, 0));
+  };
+  area.onpointerleave = area.onblur = () => read(null);
+  area.onkeydown = ({ key }) => {
+    const last = plot.points.length - 1, step = { ArrowLeft: -1, ArrowRight: 1, Home: -last, End: last }[key];
+    if (step) read(Math.max(0, Math.min(last, (plot.at ?? last) + step)));
+  };
+  $("plots").append(figure);
+  return plot;
+}
+function paintPlot({ area, value, points, at }) {
+  const [from, to] = [points[0][0], points.at(-1)[0]], [ms, number] = points[at ?? -1] ?? points.at(-1);
+  const marks = ticks(...span(points)), low = marks[0], high = marks.at(-1), y = (mark) => (high - mark) / (high - low) * 100;
+  const gaps = points.slice(1).map(([ms], index) => ms - points[index][0]).sort((a, b) => a - b);
+  const line = trace(points, [low, high], Math.max(10000, 8 * gaps[gaps.length >> 1]));  // broken where the board was away
+  const cursor = at === null ? "" : `M${(ms - from) / (to - from || 1) * 100} 0V100`;
+  const label = (className, text, side, part) => {
+    const node = make("small", { className }, text);
+    node.style[side] = part + "%";
+    if (side === "left") node.style.translate = `-${part}%`;
+    return node;
+  };
+  const options = to - from > 86400e3 ? { dateStyle: "short" } : { timeStyle: to - from > 300e3 ? "short" : "medium" };
+  area.replaceChildren(draw({ grid: marks.map((mark) => `M0 ${y(mark)}H100`).join(""), line, cursor }),
+    ...marks.map((mark) => label("y", write(mark), "top", y(mark))),
+    ...[0, 50, 100].map((part) => label("x", clock(from + (to - from) * part / 100, options), "left", part)));
+  say(value, at === null ? write(number) : `${write(number)} at ${clock(ms)}`);
+  Object.assign(area, { ariaValueNow: number, ariaValueMin: low, ariaValueMax: high, ariaValueText: value.textContent });
+}
+function ticks(low, high) {  // about four round numbers that hold all
+  const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((part) => part * power).find((part) => part >= rough);
+  const first = Math.floor(low / step), last = Math.ceil(high / step);
+  return Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
+}
+
+// -- commands
+function paintTargets(all) {
+  const online = all.filter((board) => !isOffline(board)).map(({ device }) => device.device_type);
+  const types = [...new Set(all.map(({ device }) => device.device_type))].sort(order);
+  const options = [["*", `all boards (${online.length} online)`],
+    ...types.map((type) => ["type " + type, `every ${type} (${online.filter((other) => other === type).length} online)`]),
+    ["several", "several boards …"], ...all.map(({ id }) => id).sort(order).map((id) => ["id " + id, id])];
+  const before = $("to").value, texts = [...$("to").options].map(({ text }) => text);
+  if (options.map(([, text]) => text).join() === texts.join() || document.activeElement === $("to")) return;
+  $("to").replaceChildren(...options.map(([value, text]) => make("option", { value }, text)));
+  $("to").value = shown && !before ? "id " + shown.id : options.some(([value]) => value === before) ? before : "*";
+  $("to").onchange();
+}
+$("to").onchange = () => { $("several").hidden = $("to").value !== "several"; };
+const targetWords = ({ to, ids }) =>
+  to === "*" ? "all boards" : to === "several" ? ids : to.replace(/^type /, "every ").replace(/^id /, "");
+function remembered() {
+  try { return JSON.parse(localStorage.getItem("commands")) ?? []; } catch { return []; }
+}
+function paintRemembered() {
+  const latest = remembered(), known = [...commands.values()].map(({ row }) => row.command_name);
+  const verbs = new Set([...latest.map(({ verb }) => verb), ...known]);
+  $("verbs").replaceChildren(...[...verbs].map((value) => make("option", { value })));
+  $("again").replaceChildren(...latest.map((entry) => make("button", { onclick: () => {
+    for (const [id, text] of Object.entries(entry)) $(id).value = text;
+    if (!$("to").value) $("to").value = "*";
+    $("to").onchange();
+  } }, `${entry.verb} ${entry.payload} → ${targetWords(entry)}`)));
+}
+async function send(target, command_name, payload, to) {
+  const body = JSON.stringify({ ...target, command_name, payload });
+  const headers = { "Content-Type": "application/json" }, signal = AbortSignal.timeout(5000);
+  const row = await ask("command", { method: "POST", headers, body, signal });
+  if (!commands.has(row.command_id)) onCommand(row);
+  Object.assign(commands.get(row.command_id), { to, isNew: true });
+  paintLater();
+  return row;
+}
+$("form").onsubmit = async (event) => {
+  event.preventDefault();
+  const entry = Object.fromEntries(["to", "ids", "verb", "payload"].map((id) => [id, $(id).value.trim()]));
+  const ids = entry.ids.split(",").map((id) => id.trim()), one = entry.to.replace(/^(type|id) /, "");
+  const target = entry.to === "several" ? { device_id: ids }
+    : entry.to.startsWith("id ") ? { device_id: one } : { device_type: one };
+  try {
+    const row = await send(target, entry.verb, JSON.parse(entry.payload || "{}"), targetWords(entry));
+    say($("answer"), row.detail ?? "");
+    const others = remembered().filter((other) => JSON.stringify(other) !== JSON.stringify(entry));
+    try { localStorage.setItem("commands", JSON.stringify([entry, ...others].slice(0, 6))); } catch { /* it keeps nothing */ }
+    paintRemembered();
+  } catch (error) {
+    say($("answer"), error instanceof SyntaxError ? `The payload is no JSON: ${error.message}` : `Not sent: ${error.message}`);
+  }
+};
+let stop = null;  // the id of the latest
+$("stop").onclick = async () => {
+  say($("said"), "Stopping …", "");
+  for (let left = 3; left; left -= 1)
+    try {
+      stop = (await send({ device_type: "*" }, "stop", {}, "all boards")).command_id;
+      return;
+    } catch (error) {
+      say($("said"), `STOP WAS NOT SENT: ${error.message}`, "bad");
+      await new Promise((done) => setTimeout(done, 700));
+    }
+};
+function onCommand(row) {
+  const command = commands.get(row.command_id) ?? {};
+  commands.set(row.command_id, Object.assign(command, { row: { ...command.row, ...row }, isNew: true }));
+  if (commands.size > MAX_COMMANDS) {
+    const [oldest] = commands.keys();
+    commands.get(oldest).item?.remove();
+    commands.delete(oldest);
+  }
+  paintLater();
+}
+function outcome({ status, target_device_count: targets, success_count: good, response_data }) {
+  const answered = Object.keys(response_data ?? {}).length;
+  switch (status) {
+    case "ack_success": return [`✓ ${counted(targets)} answered success`, "good"];
+    case "ack_error": return [`✗ ${counted(answered - good)} failed, ${good} of ${targets} succeeded`, "bad"];
+    case "ack_timeout": return [`✗ no answer from ${targets - answered} of ${counted(targets)}`, "bad"];
+    case "no_devices": return ["✗ no board was online for it", "bad"];
+    default: return [`… sent, ${answered} of ${counted(targets)} answered`, ""];
+  }
+}
+function paintCommand(command) {
+  const { row, to } = command, [words, className] = outcome(row), time = clock(millis(row.created_at));
+  command.isNew = false;
+  if (!command.item) {
+    command.parts = [make("strong"), make("p"), make("summary"), make("pre")];
+    const [name, state, ...details] = command.parts;
+    command.item = make("li", {}, name, state, make("details", {}, ...details));
+    $("commands").prepend(command.item);
+    paintRemembered();
+  }
+  const [name, state, summary, answers] = command.parts, lines = Object.entries(row.response_data ?? {}).slice(0, 200)
+    .map(([id, answer]) => `${id}: ${answer?.status} ${answer?.payload ? JSON.stringify(answer.payload) : ""}`);
+  say(name, `${row.command_name} → ${to ?? row.device_type.replace(/^\*$/, "all types")}`);
+  say(state, words, className);
+  say(summary, `${time} · details`);
+  say(answers, [`payload ${JSON.stringify(row.payload)}`, ...lines].join("\n"));
+  if (row.command_id === stop) say($("said"), `Stop, ${time}: ${words}`, className);
+}
+
+// -- begin
+function addButtons(id, choices, choose) {
+  for (const [value, [word]] of Object.entries(choices))
+    $(id).append(make("button", { value, onclick: () => choose(value) }, word));
+}
+function chooseRange(value) {
+  range = value;
+  for (const button of $("ranges").children) button.ariaPressed = String(button.value === value);
+  if (shown) loadPlots();
+}
+addButtons("filters", FILTERS, (value) => { filter = value; paintAll(); });
+addButtons("ranges", RANGES, chooseRange);
+chooseRange(range);
+$("find").oninput = paintAll;
+$("ask").onclick = () => {
+  const isOpen = $("command").classList.toggle("open");
+  $("ask").ariaExpanded = String(isOpen);
+  say($("ask"), isOpen ? "Close" : "Command …");
+  if (isOpen) $("verb").focus();
+};
+$("command").onkeydown = ({ key }) => { if (key === "Escape" && $("command").classList.contains("open")) $("ask").click(); };
+$("delete").onclick = async () => {
+  if (!confirm(`Forget ${shown.id}, with its readings and its connection history?`)) return;
+  await ask(`devices/${shown.id}`, { method: "DELETE" }).catch((error) => say($("said"), error.message, "bad"));
+};
+$("address").textContent = `${location.protocol.replace("http", "ws")}//${location.host}/ws/its_id`;
+addEventListener("hashchange", route);
+addEventListener("online", follow);
+let awakeMs = Date.now();
+setInterval(() => {
+  if (Date.now() - awakeMs > 30000) follow();  // the machine slept: the stream may be dead without knowing
+  awakeMs = Date.now();
+  boards.forEach((board) => dirty.add(board));  // they say how long ago things were
+  paintAll();
+}, 5000);
+setInterval(look, 10000);
+look();
+paintRemembered();
+follow();
+</script>
+"""
+"""What `GET /` answers (contract, section 8): looks, words and behaviour, in this order. It asks the routes below."""
+
+
+def page_headers(page: str) -> dict[str, str]:
+    """What a browser is told to allow the page: its own style and script, its own origin, nobody's frame."""
+    hashes = {}
+    for tag in ("style", "script"):
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    own = "".join(f"; {tag}-src 'sha256-{digest}'" for tag, digest in hashes.items())
+    return {
+        "Content-Security-Policy": f"default-src 'none'{own}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+
+# ======================================================================================================================
 # REST
 # ======================================================================================================================
 
@@ -3331,29 +4014,26 @@ class EventsQuery(HistoryQuery, kw_only=True):
         return super().filters(last) | ({"event": self.event} if self.event else {})
 
 
+DeviceIdsText = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=rf"\A{DEVICE_ID_PATTERN}(,{DEVICE_ID_PATTERN})*\Z", title="one device_id or several, with commas between"
+    ),
+]
+EventsText = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A(device|state|command|alert)(,(device|state|command|alert))*\Z",
+        title="device, state, command or alert, or several of them with commas between",
+    ),
+]
+
+
 class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`GET /events`."""
 
-    device_id: (
-        Annotated[
-            str,
-            msgspec.Meta(
-                pattern=rf"\A{DEVICE_ID_PATTERN}(,{DEVICE_ID_PATTERN})*\Z",
-                title="one device_id or several, with commas between",
-            ),
-        ]
-        | None
-    ) = None
-    event: (
-        Annotated[
-            str,
-            msgspec.Meta(
-                pattern=r"\A(device|state|command|alert)(,(device|state|command|alert))*\Z",
-                title="device, state, command or alert, or several of them with commas between",
-            ),
-        ]
-        | None
-    ) = None
+    device_id: DeviceIdsText | None = None
+    event: EventsText | None = None
     device_type: str | None = None
 
 
@@ -3829,7 +4509,9 @@ class RestApi:
         self._origins = settings.origins
         self._gateway = gateway
         self._store = store
+        self._page_headers = page_headers(PAGE)
         self._table: tuple[tuple[str, str, Handler, Access], ...] = (
+            ("GET", "/", self.page, Access.CALLERS),
             ("GET", "/ws/{device_id}", self.serve_device, Access.BOARDS),
             ("GET", "/health", self.health, Access.ALL),
             ("GET", "/events", self.events, Access.CALLERS),
@@ -3907,7 +4589,9 @@ class RestApi:
             raise ConnectionError("the answer was under way")
         response = error_response(error)
         if error.status == 401:
-            response.headers["WWW-Authenticate"] = 'Bearer realm="AMHR-PD", Basic realm="AMHR-PD"'
+            # A browser asks for what is named first; of what a page's script fetches it must not ask.
+            is_page = "text/html" in request.headers.get("Accept", "")
+            response.headers["WWW-Authenticate"] = ("" if is_page else 'Bearer realm="AMHR-PD", ') + 'Basic realm="AMHR-PD"'
         return response
 
     def _check_origin(self, request: web.Request, access: Access) -> None:
@@ -3939,6 +4623,11 @@ class RestApi:
             raise GatewayError(Code.UNAUTHORIZED, f"a valid API token is required: {_HOW_TO_SHOW_IT}AMHRPD_API_TOKEN")
 
     # -- handlers ------------------------------------------------------------------------------------------------------
+
+    async def page(self, request: web.Request) -> web.Response:
+        """`GET /`."""
+        parse_query(request, NoQuery)
+        return web.Response(text=PAGE, content_type="text/html", headers=self._page_headers)
 
     async def serve_device(self, request: web.Request) -> web.StreamResponse:
         """`GET /ws/{device_id}`: a board connects."""
@@ -3981,7 +4670,7 @@ class RestApi:
         return json_response((await self._gateway.registry.look_up(request.match_info["device_id"])).record())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """`GET /events`: what happens, as it happens. aiohttp-sse says every SILENCE_S that the connection is alive."""
+        """`GET /events`: what happens, as it happens, as server-sent events."""
         query = parse_query(request, ListenQuery)
         assert request.transport is not None
         names, device_ids = (None if text is None else text.split(",") for text in (query.event, query.device_id))

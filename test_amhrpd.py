@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -34,9 +35,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
@@ -48,6 +49,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection
 
 import amhrpd
+
+try:
+    from playwright import async_api as playwright
+except ImportError:  # then the page isn't looked at
+    playwright = None  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from playwright.async_api import Page
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 10.0  # how long a test waits for what must happen
@@ -1451,7 +1459,6 @@ ROUTES = [
     ("/device-connection-history/never", 404),
     ("/command-logs/never", 404),
     ("/nothing", 404),
-    ("/", 404),
 ]
 
 
@@ -2355,6 +2362,20 @@ async def test_listener_that_reads_nothing_is_cut_off_and_costs_nobody_anything(
             while True:
                 await reader.readexactly(1 << 16)
         writer.close()
+
+
+@in_a_loop
+async def test_listener_that_is_overrun_is_cut_off_without_a_traceback(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Events, "MAX_EVENTS", 3)
+    async with gateway_on(database) as client, client.board("servo_1") as board, listening(client) as stream:
+        with logged() as events:
+            async with background(*(say(board, "alert", alert_type="n", message=str(number)) for number in range(50))):
+                with pytest.raises((EOFError, aiohttp.ClientError)):
+                    while True:
+                        await stream.next()
+            await eventually(lambda: alert_says(client, "servo_1", "49"))
+            await asyncio.sleep(amhrpd.Events.PAUSE_S * 2)
+        assert not named(events, "request_failed")
 
 
 @in_a_loop
@@ -4551,3 +4572,332 @@ async def test_simulation_without_an_end_shows_commands_and_ends_with_0_on_ctrl_
             popen.kill()
             popen.wait()
             os.close(master)
+
+
+# ======================================================================================================================
+# The page, in a real browser
+# ======================================================================================================================
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(
+    CHROMIUM is None or playwright is None, reason="the page is looked at only where Chromium and playwright are installed"
+)
+NETWORK_TROUBLE = r"Failed to load resource|net::ERR"  # what Chromium itself says when the gateway is away or refuses
+
+
+@contextlib.asynccontextmanager
+async def page_on(client: Client, *, allowed: str = "^$", path: str = "/", **options: Any) -> AsyncIterator[Page]:
+    """The gateway's page, open in Chromium. Whatever goes wrong in it, but what is allowed, fails the test."""
+    wrong: list[str] = []
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = await browser.new_context(**{"viewport": {"width": 1280, "height": 860}} | options)
+        page = await context.new_page()
+        page.set_default_timeout(PATIENCE_S * 1000)
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: None if is_own(client, request.url) else wrong.append(request.url))
+        try:
+            await page.goto(f"http://127.0.0.1:{client.port}{path}")
+            yield page
+        finally:
+            await browser.close()
+    assert not [text for text in wrong if not re.search(allowed, text)]
+
+
+def is_own(client: Client, url: str) -> bool:
+    return url.startswith((f"http://127.0.0.1:{client.port}/", "data:"))
+
+
+async def shows(page: Page, selector: str, text: str) -> None:
+    """Wait until an element has this text in it."""
+    await page.locator(selector, has_text=text).first.wait_for()
+
+
+async def tell_waves(board: ClientConnection, interval_s: float = 0.05) -> None:
+    """A temperature that moves smoothly, for ever."""
+    for number in itertools.count():
+        await say(board, "status", payload={"temperature": round(20 + math.sin(number / 10), 3), "mode": "hold"})
+        await asyncio.sleep(interval_s)
+
+
+@in_a_loop
+async def test_page_is_one_small_file_that_nobody_else_can_use(database: Path) -> None:
+    async with gateway_on(database) as client, client.session.get(f"http://127.0.0.1:{client.port}/") as response:
+        text = await response.text()
+        assert (response.status, response.content_type, response.charset) == (200, "text/html", "utf-8")
+        assert len(text.encode()) < 40_000
+        assert not re.search(
+            r"""(src|href)=["']?(https?:)?//|@import|url\(|innerHTML|insertAdjacentHTML|document\.write""", text
+        )
+        policy = dict(part.strip().split(" ", 1) for part in response.headers["Content-Security-Policy"].split(";"))
+        assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+        assert policy["connect-src"] == "'self'"
+        assert policy["script-src"].startswith("'sha256-")
+        assert policy["style-src"].startswith("'sha256-")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_shows_a_board_live_and_sends_it_commands(database: Path) -> None:
+    async with gateway_on(database) as client, page_on(client) as page:
+        await shows(page, "#none", f"ws://127.0.0.1:{client.port}/ws/")
+        async with client.board("servo_1", "ESP32-S3") as board:
+            async with background(tell_waves(board), answer_commands(board, payload={"angle": 90})):
+                card = page.locator("#boards li")
+                await shows(page, "#boards li", "online")
+                await shows(page, "#boards li", "ESP32-S3")
+                await shows(page, "#boards li", "hold")
+                reading = card.locator("dd").first
+                before = await reading.inner_text()
+                await eventually(lambda: differs(reading, before))
+                assert len(str(await card.locator("path").first.get_attribute("d"))) > 50  # a sparkline
+                await page.locator("#to").select_option("every ESP32-S3 (1 online)")
+                await page.get_by_label("Command", exact=True).fill("turn")
+                await page.get_by_label("Payload").fill('{"angle": 90')
+                await page.keyboard.press("Tab")
+                await page.keyboard.press("Enter")
+                await shows(page, "#answer", "The payload is no JSON")
+                await page.get_by_label("Payload").fill('{"angle": 90}')
+                await page.get_by_role("button", name="Send", exact=True).click()
+                await shows(page, "#commands li", "✓ 1 board answered success")
+                await page.locator("#commands summary").click()
+                await shows(page, "#commands pre", 'servo_1: success {"angle":90}')
+                await page.get_by_role("button", name="Stop all boards").click()
+                await shows(page, "#said", "✓ 1 board answered success")
+                assert (await client.get("/command-logs?limit=1"))["logs"][0]["command_name"] == "stop"
+            await say(board, "alert", alert_type="obstacle", message="wall")
+            await shows(page, ".card.look", "obstacle: wall")
+        await shows(page, ".card.offline", "■ offline")
+        assert (await page.title()).startswith("1 offline")
+        await page.reload()
+        await page.get_by_role("button", name='turn {"angle": 90} → every ESP32-S3').click()
+        assert await page.get_by_label("Command", exact=True).input_value() == "turn"
+
+
+async def differs(element: Any, before: str) -> bool:
+    return bool(await element.inner_text() != before)
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_marks_an_odd_reading(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("calm"), client.board("odd") as board:
+        async with background(tell_waves(board, 0.002)):
+            await eventually(lambda: has_states(client, "odd", 100))
+        async with page_on(client) as page:
+            await shows(page, ".card", "temperature")
+            assert await page.locator(".card.look").count() == 0
+            await say(board, "status", payload={"temperature": 80.5, "mode": "hold"})
+            await shows(page, ".card.look .odd", "⚠ 80.5")
+            await page.reload()
+            await shows(page, ".card.look .odd", "⚠ 80.5")
+            await page.get_by_role("button", name="Look at 1").click()
+            await page.locator(".card", has_text="calm").wait_for(state="hidden")
+
+
+async def has_states(client: Client, device_id: str, count: int) -> bool:
+    return bool((await client.get(f"/state-history/{device_id}?limit=1000"))["total"] >= count)
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_shows_one_board_in_depth(database: Path) -> None:
+    async with gateway_on(database) as client, page_on(client) as page:
+        async with client.board("servo_1", metadata={"firmware_version": "2.0.0"}) as board:
+            for number in range(1, 31):
+                await say(board, "status", payload={"angle": number, "mode": "hold"})
+            await page.get_by_role("link", name="servo_1").click()
+            plot = page.locator(".plot", has_text="angle")
+            await shows(page, ".plot output", "30")
+            await plot.locator(".area").focus()
+            await page.keyboard.press("ArrowLeft")
+            await shows(page, ".plot output", "29 at ")
+            await plot.locator(".area").hover(position={"x": 1, "y": 40})
+            await shows(page, ".plot output", "1 at ")
+            for name in ("An hour", "A day", "1,000 states"):
+                await page.get_by_role("button", name=name).click()
+                await shows(page, ".plot output", "30")
+            await say(board, "status", payload={"angle": 31})
+            await shows(page, ".plot output", "31")
+            await shows(page, "#metadata", "2.0.0")
+            await shows(page, "#history tr", "connected")
+            assert await page.get_by_role("button", name="Delete").is_disabled()
+            csv = await page.get_by_role("link", name="Download CSV").get_attribute("href")
+            assert csv == "state-history/servo_1?format=csv&limit=100000"
+            async with client.session.get(f"http://127.0.0.1:{client.port}/{csv}") as response:
+                assert (response.status, response.content_type) == (200, "text/csv")
+            assert await page.locator("#to").input_value() == "id servo_1"
+        await shows(page, "#history tr", "disconnected")
+        page.on("dialog", lambda dialog: dialog.accept())
+        await page.get_by_role("button", name="Delete").click()
+        await shows(page, "#none", "No board has connected yet")
+        await client.get("/devices/servo_1", 404)
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_draws_a_day_of_states(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("old"):
+        now = datetime.now(UTC).replace(tzinfo=None)
+        rows = [
+            ("old", "ESP32", json.dumps({"n": number}), str(now - timedelta(seconds=10 * number))) for number in range(8000)
+        ]
+        with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection, connection:
+            sql = "INSERT INTO device_state_snapshots (device_id, device_type, state_data, timestamp) VALUES (?, ?, ?, ?)"
+            connection.executemany(sql, rows)
+        async with page_on(client, path="/#old") as page:
+            await page.get_by_role("button", name="A day").click()
+            await eventually(lambda: page.locator(".plot .area", has_text="8000").count())
+            line = str(await page.locator(".plot path").nth(1).get_attribute("d"))
+            assert 800 <= line.count("L") + line.count("M") <= 1000
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_asks_for_the_token_and_for_a_new_one(database: Path) -> None:
+    port = free_port()
+    headers = {"Authorization": "Bearer a-token-1"}
+    async with gateway_on(database, port=port, api_token="a-token-1", headers=headers) as client:
+        async with client.session.get(
+            f"http://127.0.0.1:{port}/", headers={"Accept": "text/html,*/*", "Authorization": "none"}
+        ) as response:
+            assert (response.status, response.headers["WWW-Authenticate"]) == (401, 'Basic realm="AMHR-PD"')
+        credentials = {"username": "anybody", "password": "a-token-1"}
+        async with client.board("servo_1"), page_on(client, allowed=NETWORK_TROUBLE, http_credentials=credentials) as page:
+            await shows(page, "#boards li", "servo_1")
+            await shows(page, "#link", "live")
+            await page.get_by_label("Command", exact=True).fill("blink")
+            await page.get_by_role("button", name="Send", exact=True).click()
+            await shows(page, "#commands li", "blink")
+            await client.gateway.stop()
+            await shows(page, "#link", "doesn't answer")
+            async with moved(page, port, gateway_on(database.with_name("other.db"), port=0, api_token="a-token-2")):
+                await shows(page, "#notice", "wants another token")
+
+
+@contextlib.asynccontextmanager
+async def moved(page: Page, port: int, other: contextlib.AbstractAsyncContextManager[Client]) -> AsyncIterator[None]:
+    """What the page asks of the port, it gets from another gateway."""
+    async with other as client:
+
+        async def pass_on(route: Any) -> None:
+            answer = await route.fetch(url=route.request.url.replace(f":{port}/", f":{client.port}/"))
+            await route.fulfill(response=answer)
+
+        await page.route("**", pass_on)
+        yield
+        await page.unroute_all(behavior="ignoreErrors")
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_survives_a_restart_of_the_gateway(database: Path) -> None:
+    port = free_port()
+    async with contextlib.AsyncExitStack() as stack:
+        async with gateway_on(database, port=port) as client:
+            page = await stack.enter_async_context(page_on(client, allowed=NETWORK_TROUBLE))
+            async with client.board("servo_1"):
+                await shows(page, ".card", "online")
+            await shows(page, "#link", "live")
+        await shows(page, "#link", "doesn't answer")
+        async with gateway_on(database, port=port) as client, client.board("wheel_1") as board:
+            await shows(page, "#link", "live · 1 of 2 boards online")
+            await shows(page, ".card.offline", "servo_1")
+            await say(board, "status", payload={"speed": 42})
+            await shows(page, ".card", "42")
+            await stack.aclose()
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_runs_nothing_that_a_board_says(database: Path) -> None:
+    evil = "<img src=x onerror=alert(1)><script>alert(1)</script>\"'`${alert(1)}"
+    state = {evil: 1, "text": evil, "__proto__": {"polluted": 1}, "constructor": 5, "deep": {evil: [evil]}}
+    async with gateway_on(database) as client, page_on(client) as page:
+        page.on("dialog", lambda dialog: pytest.fail(f"it ran: {dialog.message}"))
+        async with (
+            client.board("evil", evil[:50], metadata={evil: evil}) as board,
+            background(answer_commands(board, "failure", payload={evil: evil})),
+        ):
+            for _ in range(3):
+                await say(board, "status", payload=state)
+            await say(board, "alert", alert_type=evil, message=evil)
+            await client.post("/command", {"device_type": "*", "command_name": evil, "payload": {evil: evil}})
+            await shows(page, ".card", evil)
+            await shows(page, "#commands li", evil)
+            await page.locator("#commands summary").click()
+            await page.get_by_role("link", name="evil").click()
+            await shows(page, "#metadata", "onerror")
+            await shows(page, ".plot", evil)
+            await shows(page, "#alert", evil)
+            await shows(page, "#texts", evil)
+        assert await page.locator("main img, main script").count() == 0
+        assert await page.evaluate("({}).polluted") is None
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_shows_1000_boards_without_stutter(database: Path) -> None:
+    async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
+        boards = []
+        for number in range(1000):
+            board = await stack.enter_async_context(await connect(client.port, f"board_{number}"))
+            await say(board, "status", device_type="ESP32", payload={"temperature": 20 + number / 100, "rssi": -60})
+            boards.append(board)
+        page = await stack.enter_async_context(page_on(client))
+        await shows(page, "#link", "live · 1000 of 1000 boards online")
+        assert await page.locator("#boards li").count() == 1000
+        assert await page.locator("#boards li:has(dd)").count() < 100  # those in view
+        ids = await page.locator("#boards li a").evaluate_all("links => links.slice(0, 11).map(link => link.textContent)")
+        assert ids == [f"board_{number}" for number in range(11)]
+
+        async def report() -> None:
+            for number in itertools.count():
+                await say(boards[number % 1000], "status", payload={"temperature": number % 30, "rssi": -60})
+                await asyncio.sleep(0.002)
+
+        async with background(report()):
+            longest_ms = await page.evaluate(
+                """() => new Promise((done) => {
+                    let longest = 0, before = performance.now(), end = before + 3000;
+                    requestAnimationFrame(function look(now) {
+                        [longest, before] = [Math.max(longest, now - before), now];
+                        now < end ? requestAnimationFrame(look) : done(longest);
+                    });
+                })"""
+            )
+        assert longest_ms < 400  # on a machine that plays 1,000 boards and the gateway besides
+        await page.get_by_label("Find a board").fill("board_999")
+        await page.locator(".card", has_text="board_999").wait_for(state="visible")
+        await page.locator(".card", has_text="board_1").first.wait_for(state="hidden")
+        assert await page.locator(".card:visible").count() == 1
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_fits_a_phone_and_follows_light_and_dark(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("x" * 64, "y" * 50, metadata={"z" * 99: "w" * 99}) as board:
+        await say(board, "status", payload={"a" * 90: 1.23456789e-7, "b" * 90: "c" * 900, "n": [1, 2, 3]})
+        await say(board, "alert", alert_type="d" * 90, message="e" * 900)
+        await client.post("/command", {"device_type": "*", "command_name": "f" * 200, "payload": {"g" * 90: 1}})
+        shades = []
+        for scheme in ("light", "dark"):
+            size = {"width": 360, "height": 740}
+            async with page_on(client, viewport=size, color_scheme=scheme, has_touch=True) as page:
+                await shows(page, ".card", "online")
+                assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+                await page.get_by_role("button", name="Command …").tap()
+                await shows(page, "#commands li", "fff")
+                assert await page.get_by_label("Command", exact=True).is_visible()
+                await page.get_by_role("button", name="Close").tap()
+                await page.get_by_role("link", name="x" * 64).tap()
+                await page.locator(".plot").first.wait_for()
+                assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+                stop = await page.get_by_role("button", name="Stop all boards").bounding_box()
+                assert stop is not None
+                assert 44 <= stop["height"] < 740 - stop["y"] + 1  # in view and as large as a thumb
+                shades.append(await page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
+        assert shades[0] != shades[1]
