@@ -1032,6 +1032,17 @@ def load_commands(tables: Any) -> list[Row]:
 # -- the database ------------------------------------------------------------------------------------------------------
 
 
+def upsert(table: sa.Table, columns: Collection[str]) -> sqlite.Insert:
+    """The statement that puts a row into a keyed table, in place of the one with its key."""
+    insert = sqlite.insert(table)
+    key, *others = columns
+    changes: dict[str, Any] = {column: insert.excluded[column] for column in others}
+    if "metadata_json" in changes:
+        kept = insert.excluded.metadata_json == IN_THE_FILE
+        changes["metadata_json"] = sa.case((kept, table.c.metadata_json), else_=insert.excluded.metadata_json)
+    return insert.on_conflict_do_update(index_elements=[key], set_=changes)
+
+
 class Database:
     """The four tables, through `dataset`. Blocks on the disk.
 
@@ -1051,6 +1062,7 @@ class Database:
         self._made_room_s = -math.inf  # monotonic time of the latest, and of when that was said
         self._room_logged_s = -math.inf
         self._dataset: Any = None
+        self._upserts: dict[TableName, sqlite.Insert] = {}  # to make one takes longer than to execute it
         self._has_failed = False
 
     @property
@@ -1102,6 +1114,7 @@ class Database:
                 "PRAGMA journal_size_limit = 8388608",
             ],
         )
+        self._upserts = {}
         # dataset reflects the tables; what is text in the file is text in their rows.
         dialect: Any = self._dataset.executable.dialect
         dialect.ischema_names = dialect.ischema_names | {"JSON": sa.Text, "DATETIME": sa.Text}
@@ -1151,13 +1164,9 @@ class Database:
         if "id" in COLUMNS[name]:
             table.insert_many(rows, chunk_size=len(rows))
         else:  # keyed; dataset's own upserts take three statements a row
-            insert = sqlite.insert(table.table)
-            key, *others = COLUMNS[name]
-            changes: dict[str, Any] = {column: insert.excluded[column] for column in others}
-            if name == "devices":
-                kept = insert.excluded.metadata_json == IN_THE_FILE
-                changes["metadata_json"] = sa.case((kept, table.table.c.metadata_json), else_=insert.excluded.metadata_json)
-            tables.executable.execute(insert.on_conflict_do_update(index_elements=[key], set_=changes), rows)
+            if name not in self._upserts:
+                self._upserts[name] = upsert(table.table, COLUMNS[name])
+            tables.executable.execute(self._upserts[name], rows)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
