@@ -3085,6 +3085,7 @@ class DeviceSocket(Connection):
             await self._socket.send_str(frame)
         except ConnectionError:
             return False
+        self._allowance += 2  # for the answer, of up to 2 KB: who does what it is told doesn't flood
         return True
 
     async def ping(self) -> None:
