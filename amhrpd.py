@@ -1294,14 +1294,18 @@ class Backlog:
     SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
     MIN_SHARES = 32  # no device may have more than this part of the limit
     MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
+    SOON_S = 0.003  # what happens to commands and connections within it is one transaction
     BATCH_BYTES = 1 << 20  # of snapshots; about 10 ms of writing here, so a command's row never waits long behind telemetry
 
-    def __init__(self) -> None:
+    def __init__(self, commit_interval_s: float) -> None:
+        """Telemetry that nobody asks for is written once in `commit_interval_s`."""
+        self._commit_interval_s = commit_interval_s
+        self._telemetry_due_s = -math.inf  # monotonic: not before this
         self.known_devices: dict[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
         self.in_flight = Batch()
         self.rows_dropped = 0
-        self.is_wanted = asyncio.Event()  # there is something to do ...
-        self.is_urgent = asyncio.Event()  # ... now, not after the commit interval
+        self.is_due = asyncio.Event()  # what waits is to be written now
+        self._alarm: asyncio.TimerHandle | None = None  # for what may wait some time
         self._devices: dict[str, Stored] = {}
         self._commands: dict[str, Stored] = {}
         self._events: list[Row] = []
@@ -1316,11 +1320,24 @@ class Backlog:
         waiting = len(self._devices) + len(self._commands) + len(self._events) + len(self._snapshots)
         return waiting + len(self.in_flight)
 
-    def call_writer(self, *, urgent: bool = True) -> None:
-        """Have the writer come, at once or when its interval is over."""
-        self.is_wanted.set()
-        if urgent:
-            self.is_urgent.set()
+    def call_writer(self, within_s: float = 0.0) -> None:
+        """Have the writer come within so many seconds."""
+        loop = asyncio.get_running_loop()
+        if within_s <= 0:
+            self.is_due.set()
+        elif not self.is_due.is_set() and (self._alarm is None or loop.time() + within_s < self._alarm.when()):
+            self.silence_alarm()
+            self._alarm = loop.call_later(within_s, self.is_due.set)
+
+    def silence_alarm(self) -> None:
+        """Leave no timer behind."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def _call_for_telemetry(self) -> None:
+        is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
+        self.call_writer(0.0 if is_congested else self._telemetry_due_s - time.monotonic())
 
     def know_device(self, device_id: str, device: Stored) -> None:
         """Remember a device whose row is in the file: a file that takes its place needs it, too."""
@@ -1342,12 +1359,15 @@ class Backlog:
     def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
         """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
         self.known_devices[device_id] = self._devices[device_id] = device
-        self.call_writer(urgent=urgent)
+        if urgent:
+            self.call_writer(self.SOON_S)
+        else:
+            self._call_for_telemetry()
 
     def put_command(self, command_id: str, command: Stored) -> None:
         """Write a command's row."""
         self._commands[command_id] = command
-        self.call_writer()
+        self.call_writer(self.SOON_S)
 
     def put_event(self, row: Row) -> bool:
         """Append a row of the connection history. False where too many wait and it was dropped."""
@@ -1355,7 +1375,7 @@ class Backlog:
             self.rows_dropped += 1
             return False
         self._events.append(row)
-        self.call_writer()
+        self.call_writer(self.SOON_S)
         return True
 
     def has_its_share_waiting(self, device_id: str) -> bool:
@@ -1369,7 +1389,7 @@ class Backlog:
             return False
         self._count(row, 1)
         self._snapshots.append(row)
-        self.call_writer(urgent=self._snapshot_bytes > self.CONGESTED_BYTES)
+        self._call_for_telemetry()
         return True
 
     def _count(self, snapshot: Row, factor: int) -> int:
@@ -1406,11 +1426,10 @@ class Backlog:
             else:
                 batch.snapshots.append(item)
                 room_bytes -= self.SNAPSHOT_OVERHEAD_BYTES + len(item["state_data"])
-        if self._snapshots:  # a backlog goes on at once
-            self.is_urgent.set()
-        else:
-            self.is_wanted.clear()
-            self.is_urgent.clear()
+        self.silence_alarm()
+        if not self._snapshots:  # a backlog goes on at once
+            self.is_due.clear()
+        self._telemetry_due_s = time.monotonic() + self._commit_interval_s
         self.in_flight = batch
         return batch
 
@@ -1495,7 +1514,7 @@ class Writer(Backlog):
     TIDY_INTERVAL_S = 3600.0
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__()
+        super().__init__(settings.commit_interval_s)
         self._settings = settings
         self._database = Database(settings.database_path.absolute(), settings.min_free_mb << 20)
         self._deadline_s = math.inf  # of a stop, for what is queued
@@ -1574,17 +1593,13 @@ class Writer(Backlog):
 
     async def _write_forever(self) -> None:
         """The writer: until a stop, and then until nothing waits or its time is over."""
-        due_s = -math.inf
-        while self._deadline_s == math.inf or self.is_wanted.is_set():
-            await self.is_wanted.wait()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, due_s - time.monotonic())):
-                    await self.is_urgent.wait()
+        while self._deadline_s == math.inf or self.rows_waiting or self.is_due.is_set():
+            if self._deadline_s == math.inf:
+                await self.is_due.wait()
             if not await self._commit_stubbornly(self.take()):
                 log.error("rows_lost", rows=self.rows_waiting, reason=self._failure)
                 return
             self.settle()
-            due_s = time.monotonic() + self._settings.commit_interval_s
 
     async def _commit_stubbornly(self, batch: Batch) -> bool:
         """Commit the batch: again at once where it fails, then however long that takes. False where a stop gave up on it."""
@@ -1705,6 +1720,7 @@ class Writer(Backlog):
         try:
             async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
                 await asyncio.wait(self._tasks[:1])
+                self.silence_alarm()
                 is_clean = is_clean and self._tasks[0].exception() is None and self.rows_waiting == 0
                 async with self._reader.silence():
                     await self._in_writer(self._database.close)
@@ -2595,6 +2611,8 @@ class Dispatch:
             pass
         finally:
             self._awaited.discard(command)
+        # What the caller is told of has to outlast a crash.
+        command.is_persisted = await self._store.commit_command(command.command_id, command, self.PERSIST_TIMEOUT_S)
 
     def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
         """The type of the row, and the devices that are online of those that are meant."""
