@@ -3464,7 +3464,9 @@ let held = null;  // what happens while the boards are read, for afterwards
 async function load() {
   const mine = held = [];
   try {
-    const [{ devices }, { logs }] = await Promise.all([ask("devices"), ask(`command-logs?limit=${MAX_COMMANDS}`)]);
+    const soon = { signal: AbortSignal.timeout(3000) };  // the boards come from memory; a disk must not keep them back
+    const [{ devices }, { logs }] = await Promise.all([
+      ask("devices"), ask(`command-logs?limit=${MAX_COMMANDS}`, soon).catch(() => ({ logs: [] }))]);
     if (mine !== held) return;
     held = null;
     const known = new Set(devices.map(({ device_id }) => device_id));

@@ -4813,6 +4813,22 @@ async def test_page_survives_a_restart_of_the_gateway(database: Path) -> None:
 
 @in_a_browser
 @in_a_loop
+async def test_page_needs_no_disk_and_says_what_is_wrong_with_it(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Store, "STALLED_S", 0.1)
+    async with gateway_on(database) as client, client.board("servo_1") as board:
+        with disk_that_stalls(database):
+            await say(board, "status", payload={"angle": 1})
+            await eventually(lambda: health_is(client, 503))
+            async with page_on(client, allowed=NETWORK_TROUBLE) as page:
+                await shows(page, "#notice", "The gateway is degraded: ")
+                await say(board, "status", payload={"angle": 77})
+                await shows(page, ".card", "77")
+                await page.get_by_role("button", name="Stop all boards").click()
+                assert (await hear(board, "command"))["command_name"] == "stop"
+
+
+@in_a_browser
+@in_a_loop
 async def test_page_runs_nothing_that_a_board_says(database: Path) -> None:
     evil = "<img src=x onerror=alert(1)><script>alert(1)</script>\"'`${alert(1)}"
     state = {evil: 1, "text": evil, "__proto__": {"polluted": 1}, "constructor": 5, "deep": {evil: [evil]}}
