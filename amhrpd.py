@@ -3249,7 +3249,7 @@ header {
   position: sticky; top: 0; z-index: 2; border-bottom-width: 1px;
   display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center;
 }
-header a { color: inherit; font-weight: 700; text-decoration: none; } #link { flex: 1; } #notice { flex-basis: 100%; }
+header a { color: inherit; font-size: 1rem; text-decoration: none; } #link { flex: 1; } #notice { flex-basis: 100%; }
 .reach {
   position: fixed; inset: auto 0 0; z-index: 3; border-top-width: 1px;
   display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; align-items: center;
@@ -3302,7 +3302,7 @@ form { display: grid; gap: .6rem; } label { display: grid; gap: .2rem; }
 }
 </style>
 <header>
-  <a href="#">AMHR-PD</a>
+  <h1><a href="#">AMHR-PD</a></h1>
   <p id="link" role="status">○ connecting …</p>
   <p id="notice" role="status" class="odd" hidden></p>
   <div class="reach">
