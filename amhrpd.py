@@ -3267,7 +3267,8 @@ header {
   position: sticky; top: 0; z-index: 2; border-bottom-width: 1px;
   display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center;
 }
-header a { color: inherit; font-weight: 700; text-decoration: none; } #link { flex: 1; } #notice { flex-basis: 100%; }
+header h1 { font-size: 1rem; } header a { color: inherit; text-decoration: none; }
+#link { flex: 1; } #notice { flex-basis: 100%; }
 .reach {
   position: fixed; inset: auto 0 0; z-index: 3; border-top-width: 1px;
   display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; align-items: center;
@@ -3281,7 +3282,7 @@ main { max-width: 92rem; margin: auto; padding: 1rem; }
 .card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; padding: .8rem 1rem; }
 .card { position: relative; border-left: .35rem solid var(--good); }
 .card { content-visibility: auto; contain-intrinsic-size: auto 12rem; min-height: 6rem; }
-.card.look { border-color: var(--odd); } .card.offline { border-color: var(--bad); } .card.offline dl { opacity: .7; }
+.card.look { border-color: var(--odd); } .card.offline { border-color: var(--bad); }
 .card h2 { display: flex; gap: .6rem; justify-content: space-between; margin: 0; } .card h2 span { white-space: nowrap; }
 .card a { color: inherit; } .card a::after { content: ""; position: absolute; inset: 0; } .card small { display: block; }
 .card dl { margin-top: .5rem; } .card p { max-height: 4.2em; overflow: hidden; }
@@ -3289,7 +3290,7 @@ main { max-width: 92rem; margin: auto; padding: 1rem; }
 .card dl div { align-items: center; }
 .card dt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .card dd { text-align: right; font-weight: 600; line-height: 1.8; font-variant-numeric: tabular-nums; }
-.card .odd * { color: var(--odd); }
+.card .odd * { color: var(--odd); } .card.offline :is(dd, svg) { color: var(--soft); font-weight: normal; }
 svg { display: block; width: 100%; height: 1.2rem; overflow: visible; color: var(--blue); }
 path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
 path { vector-effect: non-scaling-stroke; }
@@ -3320,7 +3321,7 @@ form { display: grid; gap: .6rem; } label { display: grid; gap: .2rem; }
 }
 </style>
 <header>
-  <a href="#">AMHR-PD</a>
+  <h1><a href="#">AMHR-PD</a></h1>
   <p id="link" role="status">○ connecting …</p>
   <p id="notice" role="status" class="odd" hidden></p>
   <div class="reach">
@@ -3482,7 +3483,9 @@ let held = null;  // what happens while the boards are read, for afterwards
 async function load() {
   const mine = held = [];
   try {
-    const [{ devices }, { logs }] = await Promise.all([ask("devices"), ask(`command-logs?limit=${MAX_COMMANDS}`)]);
+    const soon = { signal: AbortSignal.timeout(3000) };  // the boards come from memory; a disk must not keep them back
+    const [{ devices }, { logs }] = await Promise.all([
+      ask("devices"), ask(`command-logs?limit=${MAX_COMMANDS}`, soon).catch(() => ({ logs: [] }))]);
     if (mine !== held) return;
     held = null;
     const known = new Set(devices.map(({ device_id }) => device_id));

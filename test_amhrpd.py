@@ -4653,7 +4653,7 @@ async def test_page_shows_a_board_live_and_sends_it_commands(database: Path) -> 
                 reading = card.locator("dd").first
                 before = await reading.inner_text()
                 await eventually(lambda: differs(reading, before))
-                assert len(str(await card.locator("path").first.get_attribute("d"))) > 50  # a sparkline
+                await eventually(lambda: has_sparkline(card))
                 await page.locator("#to").select_option("every ESP32-S3 (1 online)")
                 await page.get_by_label("Command", exact=True).fill("turn")
                 await page.get_by_label("Payload").fill('{"angle": 90')
@@ -4675,6 +4675,10 @@ async def test_page_shows_a_board_live_and_sends_it_commands(database: Path) -> 
         await page.reload()
         await page.get_by_role("button", name='turn {"angle": 90} → every ESP32-S3').click()
         assert await page.get_by_label("Command", exact=True).input_value() == "turn"
+
+
+async def has_sparkline(card: Any) -> bool:
+    return str(await card.locator("path").first.get_attribute("d")).count("L") > 5
 
 
 async def differs(element: Any, before: str) -> bool:
@@ -4809,6 +4813,22 @@ async def test_page_survives_a_restart_of_the_gateway(database: Path) -> None:
             await say(board, "status", payload={"speed": 42})
             await shows(page, ".card", "42")
             await stack.aclose()
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_needs_no_disk_and_says_what_is_wrong_with_it(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Store, "STALLED_S", 0.1)
+    async with gateway_on(database) as client, client.board("servo_1") as board:
+        with disk_that_stalls(database):
+            await say(board, "status", payload={"angle": 1})
+            await eventually(lambda: health_is(client, 503))
+            async with page_on(client, allowed=NETWORK_TROUBLE) as page:
+                await shows(page, "#notice", "The gateway is degraded: ")
+                await say(board, "status", payload={"angle": 77})
+                await shows(page, ".card", "77")
+                await page.get_by_role("button", name="Stop all boards").click()
+                assert (await hear(board, "command"))["command_name"] == "stop"
 
 
 @in_a_browser
