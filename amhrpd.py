@@ -2964,8 +2964,9 @@ class Gateway:
         if (restored := self._store.take_restored()) is not None:
             self.take_up(restored)
         now_s = time.monotonic()
-        stood_still_s = max(0.0, now_s - self._swept_s - 2 * interval_s)
-        self.loop_late_s.observe(max(0.0, now_s - self._swept_s - interval_s))
+        late_s = max(0.0, now_s - self._swept_s - interval_s)
+        stood_still_s = late_s if late_s > interval_s else 0.0
+        self.loop_late_s.observe(late_s)
         self._swept_s = now_s
         for connection in list(self.connections):
             if stood_still_s:

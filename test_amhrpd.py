@@ -1358,6 +1358,70 @@ async def test_older_connection_that_registers_late_does_not_take_over(database:
 
 
 @in_a_loop
+async def test_two_boards_with_one_id_do_not_fill_the_history(database: Path) -> None:
+    async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
+        wires = []
+        for _ in range(16):  # 15 takeovers
+            wires.append(wire := await Wire.connect(client.port, "twin"))
+            stack.push_async_callback(wire.close)
+            wire.send(REGISTRATION)
+            wire.send('{"message_type":"reboot"}')
+            while b"UNKNOWN_MESSAGE_TYPE" not in (await wire.receive())[1]:
+                pass
+        wires[-1].writer.close()
+        await eventually(lambda: not_online(client, "twin"))
+        history = (await client.get("/device-connection-history/twin"))["events"]
+        assert [event["event"] for event in history] == ["disconnected", "connected"] * 10
+        assert history[0]["details"]["takeovers"] == 6  # from the tenth on
+        assert all("takeovers" not in event["details"] for event in history[1:])
+
+
+@in_a_loop
+async def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(database: Path) -> None:
+    is_near = asyncio.Event()  # else what boards say is still on its way, as after a suspended Pi
+    is_near.set()
+
+    async def beat(board: ClientConnection) -> None:
+        while await is_near.wait():
+            await say(board, "heartbeat")
+            await asyncio.sleep(0.2)
+
+    settings = {"AMHRPD_PING_INTERVAL": "1", "AMHRPD_HEARTBEAT_TIMEOUT": "1.5"}
+    async with process_on(database, **settings) as (process, client), contextlib.AsyncExitStack() as stack:
+        boards = [await stack.enter_async_context(client.board(f"b{number}")) for number in range(5)]
+        async with background(*(beat(board) for board in boards)):
+            await asyncio.sleep(0.5)
+            process.popen.send_signal(signal.SIGSTOP)
+            is_near.clear()
+            await asyncio.sleep(2.5)
+            process.popen.send_signal(signal.SIGCONT)
+            await asyncio.sleep(0.5)
+            is_near.set()
+            await asyncio.sleep(1)
+            for number in range(5):
+                assert await client.events(f"b{number}") == ["connected"]
+
+
+@in_a_loop
+async def test_answer_between_the_close_frame_and_its_echo_counts(database: Path) -> None:
+    async with contextlib.AsyncExitStack() as outlive:
+        client = await outlive.enter_async_context(gateway_on(database))
+        wire = await Wire.connect(client.port, "busy")
+        wire.send(REGISTRATION)
+        await eventually(lambda: client.is_online("busy"))
+        command = await client.post("/command?device_id=busy&command_name=blink")
+        assert (await wire.receive())[0] == 0x81
+        async with background(outlive.aclose()) as (stop,):
+            first, payload = await wire.receive()
+            assert (first, payload[:2]) == (0x88, struct.pack("!H", 1001))
+            wire.send(json.dumps({"message_type": "command_ack", "command_id": command["command_id"]}))
+            wire.send(payload, 8)
+            await stop
+        await wire.close()
+    assert rows_of(database, "SELECT status, success_count FROM command_logs") == [("ack_success", 1)]
+
+
+@in_a_loop
 async def test_dead_connection_is_given_up_when_no_pong_comes(database: Path) -> None:
     async with gateway_on(database, ping_interval_s=0.2) as client:
         wire = await Wire.connect(client.port, "half_open")
