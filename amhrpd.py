@@ -7,7 +7,7 @@
 The file reads from top to bottom; each room uses only the rooms above it:
 
     Configuration   Settings, from flags and environment
-    Errors          what can be refused, and how what repeats itself is logged
+    Errors          what can be refused
     Messages        what boards and callers send, decoded and validated in one step
     Store           the four tables, the file, one writer thread, a few reader threads
     Devices         the registry: every device known, the connections of those online
@@ -17,7 +17,7 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Device socket   one board's connection: frame -> message -> verb, error -> reply
     Page            what a browser shows at /
     REST            thin handlers, access rules, one shape for every error
-    Service         logging, systemd, start and stop in order
+    Service         logging, what repeats itself once a minute; systemd; start and stop in order
     Simulator       boards to try the gateway with
     Command line    main()
 
@@ -1840,7 +1840,6 @@ class Connection(ABC):
         self.last_message_s = self.heard_s = self.opened_s  # `heard_s` counts pongs, too
         self.pinged_s: float | None = None  # when the ping went out whose pong hasn't come yet
         self.has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
-        self.is_over = asyncio.Event()  # the TCP connection is gone, or about to go
 
     def end_details(self, code: int | None, reason: str) -> Row:
         """What the connection history says of its end."""
@@ -1860,8 +1859,8 @@ class Connection(ABC):
     def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
         """End it from this side.
 
-        The close frame, the bounded wait for the board's echo and the end of the TCP connection follow by themselves;
-        `is_over` tells. What still arrives marks nobody online. Only the first call says why.
+        The close frame, the bounded wait for the board's echo and the end of the TCP connection follow by themselves.
+        What still arrives marks nobody online. Only the first call says why.
         """
 
 
@@ -1882,7 +1881,7 @@ class Device:
     unconfirmed: ArmedDeadman | None = None  # one that fired, while nothing was heard from the device since
     connection: Connection | None = None
     saved_s: float = -math.inf  # monotonic time of the last row handed to the store
-    takeovers: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=10))  # the latest, monotonic
+    takeovers: tuple[float, ...] = ()  # the latest ones' monotonic times
     unlogged_takeovers: int = 0
 
     @property
@@ -2059,7 +2058,7 @@ class Registry:
         if previous.serial > connection.serial:
             connection.hang_up(CLOSE_REPLACED, reason)
             raise GatewayError(Code.UNAUTHORIZED, "a newer connection of this device is registered")
-        device.takeovers.append(time.monotonic())
+        device.takeovers = (*device.takeovers, time.monotonic())[-self.MAX_TAKEOVERS :]
         within_s = device.takeovers[-1] - device.takeovers[0]
         is_logged = len(device.takeovers) < self.MAX_TAKEOVERS or within_s > self.TAKEOVER_WINDOW_S
         if is_logged:
@@ -2807,13 +2806,12 @@ class Gateway:
         """
         self.is_stopping = True
         await self.dispatch.stop()
-        leaving = list(self.connections)
-        for connection in leaving:
+        for connection in list(self.connections):
             self.end(connection, WSCloseCode.GOING_AWAY, "the gateway stops")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
-                for connection in leaving:
-                    await connection.is_over.wait()
+                while self.connections:
+                    await asyncio.sleep(0.01)
         await self.events.close()
 
     async def delete_device(self, device_id: str) -> dict[str, int]:
@@ -3071,7 +3069,6 @@ class DeviceSocket(Connection):
             if self._request.transport is not None:
                 self._request.transport.close()
             self._gateway.closed(self, *self._ending())
-            self.is_over.set()
         return self._socket
 
     async def send(self, frame: str) -> bool:
@@ -4790,7 +4787,7 @@ SIOCGIFADDR = 0x8915  # netdevice(7); Python has no name for it
 class BackgroundHandler(logging.Handler):
     """Writes lines to stderr in a thread of its own: a terminal or a journal that stalls must stop no robot, nor an exit.
 
-    Lines over the limit are dropped, and how many is said when there is room again.
+    Lines over the limit are dropped, and how many is said as soon as all that waited is written.
     """
 
     MAX_WAITING = 10_000
@@ -4800,17 +4797,15 @@ class BackgroundHandler(logging.Handler):
         super().__init__()
         self._waiting: queue.Queue[bytes] = queue.Queue(self.MAX_WAITING)
         self._dropped = 0
-        self._writer = threading.Thread(target=self._write_forever, name="log-writer", daemon=True)
+        self._writer = threading.Thread(target=self._write_until_closed, name="log-writer", daemon=True)
         self._writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand a record to the thread. Never waits."""
         try:
-            self._waiting.put_nowait(self.format(record).encode("utf-8", "backslashreplace") + b"\n")
+            self._waiting.put_nowait(self._line(record))
         except queue.Full:
             self._dropped += 1
-        except Exception:  # noqa: BLE001 - a record that can't be rendered must harm nobody
-            self.handleError(record)
 
     def close(self) -> None:
         """Write what waits, for twice CLOSE_TIMEOUT_S at the most. `logging` calls it at the end of the program."""
@@ -4819,14 +4814,26 @@ class BackgroundHandler(logging.Handler):
             self._writer.join(self.CLOSE_TIMEOUT_S)
         super().close()
 
-    def _write_forever(self) -> None:
-        while line := self._waiting.get():
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+
+    def _write_until_closed(self) -> None:
+        is_closed = False
+        while not is_closed:
+            line = self._waiting.get()
+            is_closed = line == b""
+            if self._dropped and self._waiting.empty():
+                about = {
+                    "name": "amhrpd",
+                    "levelname": "WARNING",
+                    "msg": "log_lines_dropped count=%d",
+                    "args": (self._dropped,),
+                }
+                self._dropped = 0
+                line += self._line(logging.makeLogRecord(about))
             with contextlib.suppress(OSError):  # who read it went away
                 while line:
                     line = line[os.write(2, line) :]
-            if self._dropped:
-                dropped, self._dropped = self._dropped, 0
-                log.warning("log_lines_dropped", count=dropped)
 
 
 class Repeats(logging.Filter):
@@ -5050,6 +5057,8 @@ def build_app(settings: Settings) -> web.Application:
 
     async def run_store(_: web.Application) -> AsyncIterator[None]:
         await store.open()
+        if (restored := store.take_restored()) is not None:
+            gateway.take_up(restored)
         yield
         if not await store.close(STORE_CLOSE_TIMEOUT_S):
             raise GatewayError(Code.STORE_UNAVAILABLE, "not all that was queued could be written")

@@ -2652,6 +2652,43 @@ async def test_library_that_repeats_itself_is_logged_once_a_minute(database: Pat
     assert (first["event"], "ValueError" in first["exception"], counted["repeats"]) == ("failed 0", True, 49)
 
 
+def test_log_lines_that_nobody_takes_stop_nothing_and_are_counted() -> None:
+    code = (
+        "import sys, amhrpd\n"
+        "amhrpd.BackgroundHandler.MAX_WAITING = 500\n"
+        "amhrpd.configure_logging('info', 'json')\n"
+        "for number in range(5000): amhrpd.log.info('line', number=number)\n"  # 500 KB; a pipe holds 64
+        "print('done', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    popen = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE
+    )
+    assert popen.stdout is not None
+    assert popen.stdout.readline() == b"done\n"
+    _, shown = popen.communicate(timeout=20)
+    events = [json.loads(line) for line in shown.splitlines()]
+    dropped = sum(int(event["event"].partition("log_lines_dropped count=")[2] or 0) for event in events)
+    assert dropped > 1000
+    assert len(named(events, "line")) + dropped == 5000
+
+
+@in_a_loop
+async def test_defect_in_the_upkeep_is_a_stop_in_order_with_exit_code_1(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with logged() as events:
+        async with gateway_on(database, exit_code=1) as client, client.board("a") as board:
+            monkeypatch.setattr(amhrpd.Gateway, "sweep", fail)
+            assert await closed_with(board) == 1001
+        assert "ZeroDivisionError" in named(events, "step_failed")[0]["exception"]
+        assert named(events, "stopped")
+    assert rows_of(database, "SELECT count(*) FROM devices WHERE is_online") == [(0,)]
+
+
 @in_a_loop
 async def test_watchdog_stops_when_the_loop_is_blocked(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
