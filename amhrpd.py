@@ -5095,6 +5095,14 @@ async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop:
                 await stop.wait()
 
 
+async def say_goodbye(gateway: Gateway, listener: asyncio.Server) -> None:
+    """Let nobody in any more, and log every board off."""
+    notify("STOPPING=1", "STATUS=stopping")
+    log.info("stopping", devices_online=len(gateway.registry.matching(is_online=True)))
+    listener.close()
+    await gateway.stop()
+
+
 async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
     """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError."""
     tls_options = _tls_options(settings)
@@ -5113,18 +5121,16 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
     notify("READY=1")
     on_ready(listener.sockets[0].getsockname()[1])
 
-    async def say_goodbye() -> None:
-        notify("STOPPING=1", "STATUS=stopping")
-        log.info("stopping", devices_online=len(gateway.registry.matching(is_online=True)))
-        listener.close()
-        await gateway.stop()
-
     exit_code = 0
-    for step in (functools.partial(keep_up, gateway, store, urls, stop), say_goodbye, runner.cleanup):
+    for step in (
+        functools.partial(keep_up, gateway, store, urls, stop),
+        functools.partial(say_goodbye, gateway, listener),
+        runner.cleanup,
+    ):
         try:
             await step()
         except Exception as error:
-            exit_code = 1  # and what follows is done all the same
+            exit_code = 1  # and the steps that follow are taken all the same
             log.error("step_failed", error=str(error), exc_info=not isinstance(error, GatewayError))
     repeats.report(everything=True)
     log.info("stopped", exit_code=exit_code)
@@ -5203,6 +5209,7 @@ class SimulatedBoard:
                     f"{self._plan.url.rstrip('/').replace('http', 'ws', 1)}/ws/{self.device_id}",
                     origin=websockets.Origin("file://"),
                     subprotocols=[websockets.Subprotocol("arduino")],
+                    user_agent_header="arduino-WebSocket-Client",
                     additional_headers={"Authorization": aiohttp.encode_basic_auth("board", token)} if token else {},
                     compression=None,
                     ping_interval=None,
