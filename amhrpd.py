@@ -2772,6 +2772,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
+        self.ping_interval_s = settings.ping_interval_s
         self._store = store
         self.registry = Registry(store)
         self.events = Events()
@@ -2956,11 +2957,11 @@ class Gateway:
 
     async def _look_after(self, connection: Connection, now_s: float) -> None:
         device, silent_s = connection.device, now_s - connection.last_message_s
-        if connection.pinged_s is not None and now_s - connection.pinged_s > self._settings.ping_interval_s / 2:
+        if connection.pinged_s is not None and now_s - connection.pinged_s > self.ping_interval_s / 2:
             self.end(connection, CLOSE_TIMED_OUT, "no answer to pings", event=TIMEOUT)
         elif connection.has_heartbeat and silent_s > self._settings.heartbeat_timeout_s:
             self.end(connection, CLOSE_TIMED_OUT, f"nothing came for {silent_s:.0f} s", event=TIMEOUT)
-        elif connection.pinged_s is None and now_s - connection.heard_s > self._settings.ping_interval_s:
+        elif connection.pinged_s is None and now_s - connection.heard_s > self.ping_interval_s:
             await connection.ping()
         if device is None or not device.is_online:
             return
@@ -5083,7 +5084,7 @@ def notify(*assignments: str) -> None:
 async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop: asyncio.Event) -> None:
     """Do what is due regularly until `stop` is set. The watchdog's ping comes from here, so it shows that the loop turns."""
     watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6 or math.inf
-    interval_s = min(UPKEEP_INTERVAL_S, watchdog_s / 3)
+    interval_s = min(UPKEEP_INTERVAL_S, gateway.ping_interval_s / 4, watchdog_s / 3)
     while not stop.is_set():
         await gateway.sweep(interval_s)
         repeats.report()
