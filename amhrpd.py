@@ -4780,6 +4780,7 @@ LINGERING_TIME_S = 2.0  # for the rest of a body that was refused, so that the c
 HANDLERS_TIMEOUT_S = 3.0  # at a stop, for answers that are under way
 STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's TimeoutStopSec is above the sum of all
 UPKEEP_INTERVAL_S = 1.0
+ACCEPTED_AT_ONCE = 8  # in a turn of the loop: their handshakes take it some 5 ms, then commands have theirs
 LISTEN_BACKLOG = 1024  # a whole fleet after a power cut; the kernel caps it at net.core.somaxconn
 SIOCGIFADDR = 0x8915  # netdevice(7); Python has no name for it
 
@@ -5010,7 +5011,12 @@ async def listen(settings: Settings, server: web.Server, tls_options: Mapping[st
             family = socket.AF_INET6 if has_ipv6 else socket.AF_INET
             where = {"sock": socket.create_server(("", settings.port), family=family, dualstack_ipv6=has_ipv6)}
         protocol = functools.partial(let_in, server, Held(server), limit)
-        return await asyncio.get_running_loop().create_server(protocol, **where, backlog=LISTEN_BACKLOG, **tls_options)
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(protocol, **where, backlog=ACCEPTED_AT_ONCE, **tls_options)
+        for accepting in listener.sockets:
+            with accepting.dup() as queue:
+                queue.listen(LISTEN_BACKLOG)  # asyncio has one number for both
+        return listener
     except (OSError, UnicodeError) as error:
         # What asyncio says of a bind names the address once more; a resolver's numbers are negative and no errno.
         number = getattr(error, "errno", None) or 0
