@@ -439,16 +439,9 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
     try:
         data.decode()  # the decoder below doesn't look into keys that it skips
         message: AnyBoardMessage = board_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        values = decode_json(data) if isinstance(error, msgspec.ValidationError) else None
-        tag = values.get("message_type") if isinstance(values, dict) else None
-        if isinstance(error, msgspec.ValidationError) and isinstance(tag, str) and tag not in BOARD_MESSAGES:
-            known = ", ".join(BOARD_MESSAGES)
-            raise GatewayError(
-                Code.UNKNOWN_MESSAGE_TYPE, f"unknown message_type {tag[:64]!r}: it must be one of {known}"
-            ) from None
-        raise explained(error, values, BOARD_MESSAGES.get(str(tag), BoardMessage)) from None
-    check_depth(data)
+        check_depth(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        message = convert_board_message(decode_json(data))  # once more, to say what is wrong
     if isinstance(message, Registration):
         extras = decode_json(data)
         for key in ("message_type", "device_type", "device_id", "timestamp", "metadata"):
@@ -456,6 +449,23 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
         if extras:
             message.metadata = extras | (message.metadata or {})
     return message
+
+
+def convert_board_message(values: Any) -> AnyBoardMessage:
+    """The message that decoded JSON is. Raises GatewayError."""
+    match values:
+        case {"message_type": str(tag)} if tag in BOARD_MESSAGES:
+            message: Any = convert_fields(values, BOARD_MESSAGES[tag])
+        case {"message_type": str(tag)}:
+            known = ", ".join(BOARD_MESSAGES)
+            raise GatewayError(Code.UNKNOWN_MESSAGE_TYPE, f"unknown message_type {tag[:64]!r}: it must be one of {known}")
+        case {"message_type": tag}:
+            raise GatewayError(Code.INVALID_FIELD_TYPE, wrong_value("message_type", tag, str))
+        case {}:
+            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `message_type`")
+        case _:
+            raise GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
+    return message  # type: ignore[no-any-return]
 
 
 def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
@@ -466,15 +476,9 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
     kinds = field_types(CommandRequest)
     fields: dict[str, Any] = {name: from_text(text, kinds[name]) for name, text in query.items()}
     if "payload" in query:
-        try:
-            fields["payload"] = decode_json(query["payload"].encode())
-        except GatewayError as error:
-            raise GatewayError(error.code, f"payload in the query: {error}") from None
+        fields["payload"] = decode_json(query["payload"].encode(), "payload in the query: {}")
     if body := without_padding(body):
-        try:
-            content = decode_json(body)
-        except GatewayError as error:
-            raise GatewayError(error.code, f'the body is {error}. It must be JSON, such as {{"count": 5}}') from None
+        content = decode_json(body, 'the body is {}. It must be JSON, such as {{"count": 5}}')
         if "command_name" in query and ("device_type" in query or "device_id" in query):
             content = {"payload": content}
         if not isinstance(content, dict):
@@ -491,6 +495,47 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
     return request
 
 
+def without_padding(data: bytes) -> bytes:
+    """Text without a byte order mark in front, and without blanks and NUL bytes behind: Arduino sketches send whole buffers."""
+    return data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\0 \t\r\n")
+
+
+def decode_json(data: bytes, said: str = "{}") -> Any:
+    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting.
+
+    Raises GatewayError, its text as `said` with what is wrong in it.
+    """
+    code = Code.INVALID_MESSAGE
+    try:
+        data.decode()
+        value = json_decoder.decode(data)
+        check_depth(data)
+        return value
+    except UnicodeDecodeError as error:
+        problem = f"not valid UTF-8: byte 0x{data[error.start]:02x}"
+    except msgspec.ValidationError:  # there is no other where any type is right
+        code, problem = Code.INVALID_FIELD_VALUE, "a number is out of range"
+    except msgspec.DecodeError as error:
+        problem = f"not valid JSON: {str(error).partition(' (')[0]}"
+    except RecursionError:
+        problem = f"nested deeper than {MAX_JSON_DEPTH} levels"
+    raise GatewayError(code, said.format(problem))
+
+
+_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+def check_depth(data: bytes) -> None:
+    """Raise RecursionError for JSON that is nested deeper than MAX_JSON_DEPTH."""
+    if data.count(b"{") + data.count(b"[") <= MAX_JSON_DEPTH:
+        return  # what every real message comes to, at a fraction of the price
+    depth = 0
+    for byte in _JSON_STRING.sub(b"", data):
+        depth += (byte in b"{[") - (byte in b"}]")
+        if depth > MAX_JSON_DEPTH:
+            raise RecursionError
+
+
 @functools.cache
 def field_types(kind: type[msgspec.Struct]) -> Mapping[str, Any]:
     """The types of a struct's fields, by name."""
@@ -498,75 +543,27 @@ def field_types(kind: type[msgspec.Struct]) -> Mapping[str, Any]:
 
 
 def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct]) -> AnyStruct:
-    """A struct of values that are decoded already. Raises GatewayError."""
+    """A struct of values that are decoded already. Raises GatewayError, in the gateway's own words."""
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        raise explained(error, values, kind) from None
-
-
-def decode_json(data: bytes) -> Any:
-    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises GatewayError."""
-    try:
-        value = json_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise explained(error, None, msgspec.Struct) from None
-    check_depth(data)
-    return value
-
-
-def without_padding(data: bytes) -> bytes:
-    """Text without a byte order mark in front, and without blanks and NUL bytes behind: Arduino sketches send whole buffers."""
-    return data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\0 \t\r\n")
-
-
-def explained(error: Exception, values: Any, kind: type[msgspec.Struct]) -> GatewayError:
-    """What the JSON library found wrong with `values`, which should have been a `kind`, in the gateway's own words."""
-    if isinstance(error, UnicodeDecodeError):
-        return GatewayError(Code.INVALID_MESSAGE, f"not valid UTF-8: byte 0x{error.object[error.start]:02x}")
-    if isinstance(error, RecursionError):
-        return GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
-    if not isinstance(error, msgspec.ValidationError):
-        return GatewayError(Code.INVALID_MESSAGE, f"not valid JSON: {str(error).partition(' (')[0]}")
-    reason, _, path = str(error).partition(" - at `$")
-    kinds = field_types(kind)
-    name = path.strip(".`").partition("[")[0]
+        reason, _, path = str(error).partition(" - at `$")
+    kinds, name = field_types(kind), path.strip(".`").partition("[")[0]
+    code = Code.INVALID_FIELD_VALUE
     if "missing required field" in reason:
-        return GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field {reason.rpartition(' ')[2]}")
+        raise GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field {reason.rpartition(' ')[2]}")
     if "unknown field" in reason:
         unknown = reason.partition("`")[2].rstrip("`")[:64]
-        return GatewayError(Code.INVALID_FIELD_VALUE, f"unknown {unknown!r}; known here: {', '.join(kinds) or 'nothing'}")
+        raise GatewayError(code, f"unknown {unknown!r}; known here: {', '.join(kinds) or 'nothing'}")
     if "out of range" in reason:
-        return GatewayError(Code.INVALID_FIELD_VALUE, f"{name[:64] or 'a number'} is out of range")
-    if not isinstance(values, Mapping):
-        return GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
-    if name == "message_type":
-        return GatewayError(Code.INVALID_FIELD_TYPE, wrong_value(name, values[name], str))
-    if name in kinds:
-        is_type = ", got `" in reason and not isinstance(values[name], str)
-        is_type |= isinstance(values[name], str) and not isinstance(base_type(kinds[name]), TEXT_TYPES)
-        code = Code.INVALID_FIELD_TYPE if is_type else Code.INVALID_FIELD_VALUE
-        return GatewayError(code, wrong_value(name, values[name], kinds[name]))
-    where = f"{name[:64]}: " if name else ""
-    return GatewayError(Code.INVALID_FIELD_VALUE, f"{where}{reason[:100].lower()}")
-
-
-TEXT_TYPES = (msgspec.inspect.StrType, msgspec.inspect.LiteralType)
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-
-
-def check_depth(data: bytes) -> None:
-    """Raise GatewayError for JSON that is nested deeper than MAX_JSON_DEPTH."""
-    if data.count(b"{") + data.count(b"[") <= MAX_JSON_DEPTH:
-        return  # what every real message comes to, at a fraction of the price
-    depth = 0
-    for byte in _JSON_STRING.sub(b"", data):
-        if byte in b"{[":
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
-        elif byte in b"}]":
-            depth -= 1
+        raise GatewayError(code, f"{name[:64] or 'a number'} is out of range")
+    if name not in kinds:
+        raise GatewayError(code, f"{name[:64]}: {reason[:100].lower()}")
+    if isinstance(values[name], str):
+        is_of_type = isinstance(base_type(kinds[name]), msgspec.inspect.StrType | msgspec.inspect.LiteralType)
+    else:
+        is_of_type = ", got `" not in reason
+    raise GatewayError(code if is_of_type else Code.INVALID_FIELD_TYPE, wrong_value(name, values[name], kinds[name]))
 
 
 def to_json(value: object) -> JsonText:
@@ -3031,6 +3028,12 @@ class DeviceSocket(Connection):
     ALLOWANCE_PER_S = 100.0
     ALLOWANCE = 100.0
     TURN_S = 0.004  # of one that says more; then the others have theirs
+    ENDINGS: ClassVar[Mapping[int | None, str]] = {
+        None: "the connection was lost",
+        WSCloseCode.MESSAGE_TOO_BIG: "a message was too big",
+        WSCloseCode.PROTOCOL_ERROR: "the device broke the WebSocket protocol",
+        WSCloseCode.INVALID_TEXT: "the device broke the WebSocket protocol",
+    }
 
     def __init__(
         self, gateway: Gateway, settings: Settings, request: web.Request, on_whole: Callable[[], None] = lambda: None
@@ -3128,16 +3131,7 @@ class DeviceSocket(Connection):
         """How the connection ended: event, close code, reason."""
         if self._farewell is not None:
             return self._farewell
-        match self._close_code:
-            case None:
-                reason = "the connection was lost"
-            case WSCloseCode.MESSAGE_TOO_BIG:
-                reason = "a message was too big"
-            case WSCloseCode.PROTOCOL_ERROR | WSCloseCode.INVALID_TEXT:
-                reason = "the device broke the WebSocket protocol"
-            case _:
-                reason = "closed by the device"
-        return DISCONNECTED, self._close_code, reason
+        return DISCONNECTED, self._close_code, self.ENDINGS.get(self._close_code, "closed by the device")
 
     def _check_registered(self) -> None:
         if self.device is None and self._farewell is None:
@@ -4098,7 +4092,7 @@ async def stream(request: web.Request, response: web.StreamResponse, parts: Asyn
             raise ConnectionError("the caller went away")
         if not response.prepared:
             await response.prepare(request)
-        request.protocol.note_answer(len(waiting))
+        request.protocol.held.note(len(waiting))
         await response.write(bytes(waiting))
         waiting.clear()
         await asyncio.sleep(0)
@@ -4271,13 +4265,13 @@ class Held:
 class HttpConnection(web.RequestHandler):
     """A caller's or a board's connection: what it may hold, and errors of the one shape also for what is no HTTP."""
 
-    __slots__ = ("_held", "_is_full", "_unfinished_bytes")
+    __slots__ = ("_is_full", "_unfinished_bytes", "held")
 
     READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB: then the next one that sent something has its turn
 
     def __init__(self, server: web.Server, *, held: Held, is_full: bool, **options: Any) -> None:
         super().__init__(server, **options)
-        self._held = held
+        self.held = held
         self._is_full = is_full
         self._unfinished_bytes = 0
 
@@ -4303,10 +4297,6 @@ class HttpConnection(web.RequestHandler):
         if self.transport is not None:
             self.transport.abort()
 
-    def note_answer(self, size_bytes: int) -> None:
-        """So much of an answer is about to go out."""
-        self._held.note(size_bytes)
-
     def note_whole(self) -> None:
         """A message is there whole, or a request is answered."""
         self._unfinished_bytes = 0
@@ -4314,7 +4304,7 @@ class HttpConnection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         """What asyncio calls with what a peer sends."""
         self._unfinished_bytes += len(data)
-        self._held.note(len(data))
+        self.held.note(len(data))
         super().data_received(data)
 
     async def finish_response(
@@ -4324,7 +4314,7 @@ class HttpConnection(web.RequestHandler):
         if isinstance(resp, web.HTTPException):  # an `Expect` that never reaches a route
             resp = error_response(request, error_of(request, resp))
         if isinstance(resp, web.Response) and isinstance(resp.body, bytes):
-            self.note_answer(len(resp.body))
+            self.held.note(len(resp.body))
         finished = await super().finish_response(request, resp, start_time)
         if not self._messages:  # of several requests sent at once
             self.note_whole()
@@ -4440,7 +4430,7 @@ class Guard:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Serve a request that may come in; all of them pass here, those that have no route, too."""
-        route = getattr(request.match_info.handler, "__self__", None)
+        route = getattr(request.match_info.handler, "__self__", None)  # whose `serve` it is; no Route's where there is none
         access = route.access if isinstance(route, Route) else Access.CALLERS
         try:
             self._check_origin(request, access)
