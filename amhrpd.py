@@ -4267,7 +4267,8 @@ class HttpConnection(web.RequestHandler):
 
     __slots__ = ("_is_full", "_unfinished_bytes", "held")
 
-    READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB: then the next one that sent something has its turn
+    READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB
+    READ_OF_BOARD_BYTES = 1 << 10  # the smallest frame has 6 bytes and takes 200: 1,000 that flood with them take 35 MB
 
     def __init__(self, server: web.Server, *, held: Held, is_full: bool, **options: Any) -> None:
         super().__init__(server, **options)
@@ -4283,8 +4284,12 @@ class HttpConnection(web.RequestHandler):
             transport.close()
             return
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
+        self.read_at_once(self.READ_BYTES)
+
+    def read_at_once(self, size_bytes: int) -> None:
+        """Take so much of what waits; then the next one that sent something has its turn."""
         with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
-            transport.max_size = self.READ_BYTES  # type: ignore[attr-defined]
+            self.transport.max_size = size_bytes  # type: ignore[union-attr]
 
     @property
     def held_bytes(self) -> int:
@@ -4694,6 +4699,7 @@ class RestApi:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
         try:
             assert isinstance(request.protocol, HttpConnection)
+            request.protocol.read_at_once(HttpConnection.READ_OF_BOARD_BYTES)
             return await DeviceSocket(self._gateway, self._settings, request, request.protocol.note_whole).serve()
         except (web.HTTPBadRequest, ValueError):
             raise GatewayError(
@@ -4974,6 +4980,18 @@ class LeanTls(asyncio.sslproto.SSLProtocol):
     """asyncio's TLS for a fleet: 12 KB a board in place of 300, and nothing of a connection stays behind it."""
 
     max_size = 16 * 1024  # a TLS record; asyncio would read 256 KiB at once, into a buffer for each connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """What asyncio calls first."""
+        super().connection_made(transport)
+        # As much as without TLS, of asyncio's 512 KiB. What lies below has 64 KiB at the most when it asks for more.
+        self._set_write_buffer_limits(128 << 10, 64 << 10)  # type: ignore[attr-defined]
+
+    def _get_write_buffer_size(self) -> int:
+        # asyncio forgets what is encrypted and not sent.
+        below: Any = self._transport
+        encrypted_bytes = below.get_write_buffer_size() if below is not None else 0
+        return int(super()._get_write_buffer_size() + encrypted_bytes)  # type: ignore[misc]
 
     def _wakeup_waiter(self, exc: BaseException | None = None) -> None:
         # A handshake that failed was closed by now. Its error would be kept in the frames of its own traceback, a
