@@ -4265,7 +4265,7 @@ class Held:
 class HttpConnection(web.RequestHandler):
     """A caller's or a board's connection: what it may hold, and errors of the one shape also for what is no HTTP."""
 
-    __slots__ = ("_is_full", "_unfinished_bytes", "held")
+    __slots__ = ("_answer_bytes", "_is_full", "_unfinished_bytes", "held")
 
     READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB
     READ_OF_BOARD_BYTES = 1 << 10  # the smallest frame has 6 bytes and takes 200: 1,000 that flood with them take 35 MB
@@ -4275,6 +4275,7 @@ class HttpConnection(web.RequestHandler):
         self.held = held
         self._is_full = is_full
         self._unfinished_bytes = 0
+        self._answer_bytes = 0  # of one that is going out
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """What asyncio calls first. The kernel drops the connection when its peer takes nothing for UNREAD_TIMEOUT_S."""
@@ -4294,7 +4295,8 @@ class HttpConnection(web.RequestHandler):
     @property
     def held_bytes(self) -> int:
         """What it has sent that isn't whole yet, and has not taken of what is for it."""
-        return self._unfinished_bytes + (self.transport.get_write_buffer_size() if self.transport is not None else 0)
+        waiting_bytes = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        return self._unfinished_bytes + self._answer_bytes + waiting_bytes
 
     def let_go(self) -> None:
         """End it at once."""
@@ -4320,7 +4322,11 @@ class HttpConnection(web.RequestHandler):
             resp = error_response(request, error_of(request, resp))
         if isinstance(resp, web.Response) and isinstance(resp.body, bytes):
             self.held.note(len(resp.body))
+            self._answer_bytes = len(resp.body)
         finished = await super().finish_response(request, resp, start_time)
+        self._answer_bytes = 0
+        if isinstance(resp, web.Response):
+            resp.body = None  # aiohttp keeps the response until the next one
         if not self._messages:  # of several requests sent at once
             self.note_whole()
         return finished
