@@ -66,7 +66,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -210,6 +210,7 @@ def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], e
     return values
 
 
+@functools.cache
 def base_type(kind: Any) -> Any:
     """What a type is when it isn't None, without its metadata: one of msgspec.inspect's types."""
     info = msgspec.inspect.type_info(kind)
@@ -438,16 +439,9 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
     try:
         data.decode()  # the decoder below doesn't look into keys that it skips
         message: AnyBoardMessage = board_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        values = decode_json(data) if isinstance(error, msgspec.ValidationError) else None
-        tag = values.get("message_type") if isinstance(values, dict) else None
-        if isinstance(error, msgspec.ValidationError) and isinstance(tag, str) and tag not in BOARD_MESSAGES:
-            known = ", ".join(BOARD_MESSAGES)
-            raise GatewayError(
-                Code.UNKNOWN_MESSAGE_TYPE, f"unknown message_type {tag[:64]!r}: it must be one of {known}"
-            ) from None
-        raise explained(error, values, BOARD_MESSAGES.get(str(tag), BoardMessage)) from None
-    check_depth(data)
+        check_depth(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        message = convert_board_message(decode_json(data))  # once more, to say what is wrong
     if isinstance(message, Registration):
         extras = decode_json(data)
         for key in ("message_type", "device_type", "device_id", "timestamp", "metadata"):
@@ -457,23 +451,34 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
     return message
 
 
+def convert_board_message(values: Any) -> AnyBoardMessage:
+    """The message that decoded JSON is. Raises GatewayError."""
+    match values:
+        case {"message_type": str(tag)} if tag in BOARD_MESSAGES:
+            message: Any = convert_fields(values, BOARD_MESSAGES[tag])
+        case {"message_type": str(tag)}:
+            known = ", ".join(BOARD_MESSAGES)
+            raise GatewayError(Code.UNKNOWN_MESSAGE_TYPE, f"unknown message_type {tag[:64]!r}: it must be one of {known}")
+        case {"message_type": tag}:
+            raise GatewayError(Code.INVALID_FIELD_TYPE, wrong_value("message_type", tag, str))
+        case {}:
+            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `message_type`")
+        case _:
+            raise GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
+    return message  # type: ignore[no-any-return]
+
+
 def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
     """Make one request of what the query and the body of `POST /command` say, in both forms of the contract's section 6.
 
     Raises GatewayError.
     """
-    kinds = {field.name: field.type for field in msgspec.structs.fields(CommandRequest)}
+    kinds = field_types(CommandRequest)
     fields: dict[str, Any] = {name: from_text(text, kinds[name]) for name, text in query.items()}
     if "payload" in query:
-        try:
-            fields["payload"] = decode_json(query["payload"].encode())
-        except GatewayError as error:
-            raise GatewayError(error.code, f"payload in the query: {error}") from None
+        fields["payload"] = decode_json(query["payload"].encode(), "payload in the query: {}")
     if body := without_padding(body):
-        try:
-            content = decode_json(body)
-        except GatewayError as error:
-            raise GatewayError(error.code, f'the body is {error}. It must be JSON, such as {{"count": 5}}') from None
+        content = decode_json(body, 'the body is {}. It must be JSON, such as {{"count": 5}}')
         if "command_name" in query and ("device_type" in query or "device_id" in query):
             content = {"payload": content}
         if not isinstance(content, dict):
@@ -490,76 +495,75 @@ def decode_command(query: Mapping[str, str], body: bytes) -> CommandRequest:
     return request
 
 
-def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct]) -> AnyStruct:
-    """A struct of values that are decoded already. Raises GatewayError."""
-    try:
-        return msgspec.convert(values, kind)
-    except msgspec.ValidationError as error:
-        raise explained(error, values, kind) from None
-
-
-def decode_json(data: bytes) -> Any:
-    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises GatewayError."""
-    try:
-        value = json_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise explained(error, None, msgspec.Struct) from None
-    check_depth(data)
-    return value
-
-
 def without_padding(data: bytes) -> bytes:
     """Text without a byte order mark in front, and without blanks and NUL bytes behind: Arduino sketches send whole buffers."""
     return data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\0 \t\r\n")
 
 
-def explained(error: Exception, values: Any, kind: type[msgspec.Struct]) -> GatewayError:
-    """What the JSON library found wrong with `values`, which should have been a `kind`, in the gateway's own words."""
-    if isinstance(error, UnicodeDecodeError):
-        return GatewayError(Code.INVALID_MESSAGE, f"not valid UTF-8: byte 0x{error.object[error.start]:02x}")
-    if isinstance(error, RecursionError):
-        return GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
-    if not isinstance(error, msgspec.ValidationError):
-        return GatewayError(Code.INVALID_MESSAGE, f"not valid JSON: {str(error).partition(' (')[0]}")
-    reason, _, path = str(error).partition(" - at `$")
-    kinds = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    name = path.strip(".`").partition("[")[0]
-    if "missing required field" in reason:
-        return GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field {reason.rpartition(' ')[2]}")
-    if "unknown field" in reason:
-        unknown = reason.partition("`")[2].rstrip("`")[:64]
-        return GatewayError(Code.INVALID_FIELD_VALUE, f"unknown {unknown!r}; known here: {', '.join(kinds) or 'nothing'}")
-    if "out of range" in reason:
-        return GatewayError(Code.INVALID_FIELD_VALUE, f"{name[:64] or 'a number'} is out of range")
-    if not isinstance(values, Mapping):
-        return GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
-    if name == "message_type":
-        return GatewayError(Code.INVALID_FIELD_TYPE, wrong_value(name, values[name], str))
-    if name in kinds:
-        is_type = ", got `" in reason and not isinstance(values[name], str)
-        is_type |= isinstance(values[name], str) and not isinstance(base_type(kinds[name]), TEXT_TYPES)
-        code = Code.INVALID_FIELD_TYPE if is_type else Code.INVALID_FIELD_VALUE
-        return GatewayError(code, wrong_value(name, values[name], kinds[name]))
-    where = f"{name[:64]}: " if name else ""
-    return GatewayError(Code.INVALID_FIELD_VALUE, f"{where}{reason[:100].lower()}")
+def decode_json(data: bytes, said: str = "{}") -> Any:
+    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting.
+
+    Raises GatewayError, its text as `said` with what is wrong in it.
+    """
+    code = Code.INVALID_MESSAGE
+    try:
+        data.decode()
+        value = json_decoder.decode(data)
+        check_depth(data)
+        return value
+    except UnicodeDecodeError as error:
+        problem = f"not valid UTF-8: byte 0x{data[error.start]:02x}"
+    except msgspec.ValidationError:  # there is no other where any type is right
+        code, problem = Code.INVALID_FIELD_VALUE, "a number is out of range"
+    except msgspec.DecodeError as error:
+        problem = f"not valid JSON: {str(error).partition(' (')[0]}"
+    except RecursionError:
+        problem = f"nested deeper than {MAX_JSON_DEPTH} levels"
+    raise GatewayError(code, said.format(problem))
 
 
-TEXT_TYPES = (msgspec.inspect.StrType, msgspec.inspect.LiteralType)
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def check_depth(data: bytes) -> None:
-    """Raise GatewayError for JSON that is nested deeper than MAX_JSON_DEPTH."""
+    """Raise RecursionError for JSON that is nested deeper than MAX_JSON_DEPTH."""
     if data.count(b"{") + data.count(b"[") <= MAX_JSON_DEPTH:
         return  # what every real message comes to, at a fraction of the price
     depth = 0
     for byte in _JSON_STRING.sub(b"", data):
-        if byte in b"{[":
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise GatewayError(Code.INVALID_MESSAGE, f"nested deeper than {MAX_JSON_DEPTH} levels")
-        elif byte in b"}]":
-            depth -= 1
+        depth += (byte in b"{[") - (byte in b"}]")
+        if depth > MAX_JSON_DEPTH:
+            raise RecursionError
+
+
+@functools.cache
+def field_types(kind: type[msgspec.Struct]) -> Mapping[str, Any]:
+    """The types of a struct's fields, by name."""
+    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct]) -> AnyStruct:
+    """A struct of values that are decoded already. Raises GatewayError, in the gateway's own words."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+    kinds, name = field_types(kind), path.strip(".`").partition("[")[0]
+    code = Code.INVALID_FIELD_VALUE
+    if "missing required field" in reason:
+        raise GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field {reason.rpartition(' ')[2]}")
+    if "unknown field" in reason:
+        unknown = reason.partition("`")[2].rstrip("`")[:64]
+        raise GatewayError(code, f"unknown {unknown!r}; known here: {', '.join(kinds) or 'nothing'}")
+    if "out of range" in reason:
+        raise GatewayError(code, f"{name[:64] or 'a number'} is out of range")
+    if name not in kinds:
+        raise GatewayError(code, f"{name[:64]}: {reason[:100].lower()}")
+    if isinstance(values[name], str):
+        is_of_type = isinstance(base_type(kinds[name]), msgspec.inspect.StrType | msgspec.inspect.LiteralType)
+    else:
+        is_of_type = ", got `" not in reason
+    raise GatewayError(code if is_of_type else Code.INVALID_FIELD_TYPE, wrong_value(name, values[name], kinds[name]))
 
 
 def to_json(value: object) -> JsonText:
@@ -3025,6 +3029,12 @@ class DeviceSocket(Connection):
     ALLOWANCE_PER_S = 100.0
     ALLOWANCE = 100.0
     TURN_S = 0.004  # of one that says more; then the others have theirs
+    ENDINGS: ClassVar[Mapping[int | None, str]] = {
+        None: "the connection was lost",
+        WSCloseCode.MESSAGE_TOO_BIG: "a message was too big",
+        WSCloseCode.PROTOCOL_ERROR: "the device broke the WebSocket protocol",
+        WSCloseCode.INVALID_TEXT: "the device broke the WebSocket protocol",
+    }
 
     def __init__(
         self, gateway: Gateway, settings: Settings, request: web.Request, on_whole: Callable[[], None] = lambda: None
@@ -3122,16 +3132,7 @@ class DeviceSocket(Connection):
         """How the connection ended: event, close code, reason."""
         if self._farewell is not None:
             return self._farewell
-        match self._close_code:
-            case None:
-                reason = "the connection was lost"
-            case WSCloseCode.MESSAGE_TOO_BIG:
-                reason = "a message was too big"
-            case WSCloseCode.PROTOCOL_ERROR | WSCloseCode.INVALID_TEXT:
-                reason = "the device broke the WebSocket protocol"
-            case _:
-                reason = "closed by the device"
-        return DISCONNECTED, self._close_code, reason
+        return DISCONNECTED, self._close_code, self.ENDINGS.get(self._close_code, "closed by the device")
 
     def _check_registered(self) -> None:
         if self.device is None and self._farewell is None:
@@ -3894,70 +3895,9 @@ MAX_BODY_BYTES = 128 << 10  # a command's 1,000 longest ids, its payload and its
 MAX_LINE_BYTES = 64 << 10  # a payload as long as a board takes, every byte of it escaped in the query
 MAX_HEADER_BYTES = 8190
 BODY_TIMEOUT_S = 10.0
-STREAM_BYTES = 64 << 10
 UNREAD_TIMEOUT_S = 30.0  # for a peer that takes nothing of what waits for it, which would stay in memory for ever
 
-# Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
-# that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
-_PRIVATE_DOMAINS = (".local", ".localhost", ".home.arpa", ".internal", ".lan", ".home")
-
-_HOW_TO_SHOW_IT = "send the header `Authorization: Bearer <token>`, or the token as a Basic password; the gateway has it from "
-_ORIGINS_CAN_ALLOW_IT = "AMHRPD_ALLOWED_ORIGINS can allow it"
-
-# What a browser asks before it lets a page of an allowed origin call with JSON or a token (the Fetch standard's CORS).
-_PREFLIGHT_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, POST, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
-    "Access-Control-Max-Age": "600",
-}
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Access(enum.Enum):
-    """Whom a route lets in."""
-
-    CALLERS = enum.auto()  # with the API token, where one is set
-    BOARDS = enum.auto()  # with the device token, where one is set, and with the origin that their library sends
-    ALL = enum.auto()
-
-
-def json_response(content: object, status: int = 200) -> web.Response:
-    """JSON, with a line end for those who read it in a shell."""
-    return web.Response(body=to_json(content).encode() + b"\n", status=status, content_type="application/json")
-
-
-def history_response(name: str, rows: Sequence[Row], limit: int, **about: str) -> web.Response:
-    """Rows, newest first. One that ended early, at MAX_ANSWER_BYTES, says with what parameter the next one goes on."""
-    answer = {**about, "total": len(rows), name: rows}
-    response = json_response(answer)
-    if len(rows) < limit and isinstance(response.body, bytes) and len(response.body) > Database.MAX_ANSWER_BYTES:
-        goes_on = {"before_id": rows[-1]["id"]} if "id" in rows[-1] else {"until": rows[-1]["created_at"]}
-        response = json_response({**answer, **goes_on})
-    return response
-
-
-async def stream(request: web.Request, content_type: str, parts: Iterable[bytes]) -> web.StreamResponse:
-    """An answer of any length that is made as it is taken: no more than STREAM_BYTES of it wait in memory."""
-    response = web.StreamResponse(headers={"Content-Type": content_type})
-    waiting = bytearray()
-    for part in parts:
-        waiting += part
-        if len(waiting) >= STREAM_BYTES:
-            if not response.prepared:
-                await response.prepare(request)
-            await response.write(bytes(waiting))
-            await request.writer.drain()
-            waiting.clear()
-    if not response.prepared:
-        return web.Response(body=bytes(waiting), content_type=content_type)
-    await response.write_eof(bytes(waiting))
-    return response
-
-
-def error_response(error: GatewayError) -> web.Response:
-    """The one shape that every error has (contract, section 6)."""
-    return json_response({"error": str(error), "error_code": error.code.name}, error.status)
+# -- what callers ask --------------------------------------------------------------------------------------------------
 
 
 class NoQuery(msgspec.Struct, forbid_unknown_fields=True):
@@ -3971,57 +3911,15 @@ class DevicesQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     online: Literal["true", "false"] | None = None
 
 
-MAX_ROWS = {"json": 1000, "csv": 100_000}  # contract, section 6
-Limit = Annotated[
-    int,
-    msgspec.Meta(
-        ge=1,
-        title=f"a whole number from 1 to {MAX_ROWS['json']}, or with format=csv to {MAX_ROWS['csv']}",
-        extra_json_schema={"maximum": MAX_ROWS["json"]},  # a schema can't say the rest
-    ),
-]
+class CommandQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`POST /command`; `decode_command` looks at the values, with those of the body."""
 
-
-class RangeQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What every history takes."""
-
-    limit: Limit = 100
-    since: Moment | None = None
-    until: Moment | None = None
-    format: Literal["json", "csv"] = "json"
-
-    def __post_init__(self) -> None:
-        """Raise GatewayError for more rows than the format may have."""
-        if self.limit > MAX_ROWS[self.format]:
-            raise GatewayError(Code.INVALID_FIELD_VALUE, wrong_value("limit", self.limit, Limit))
-
-
-class HistoryQuery(RangeQuery, kw_only=True):
-    """`GET /state-history/{device_id}`."""
-
-    table: ClassVar[TableName] = "device_state_snapshots"
-    rows_name: ClassVar[str] = "states"
-
-    before_id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
-
-    def filters(self, last: Row | None = None) -> dict[str, Any]:
-        """The rows that are wanted, after `last` where that is known, in the words of dataset's `find`."""
-        before_id = self.before_id if last is None else last["id"]
-        times = {op: stored_time(time) for op, time in ((">=", self.since), ("<=", self.until)) if time is not None}
-        return ({"timestamp": times} if times else {}) | ({"id": {"<": before_id}} if before_id else {})
-
-
-class EventsQuery(HistoryQuery, kw_only=True):
-    """`GET /device-connection-history/{device_id}`."""
-
-    table: ClassVar[TableName] = "device_connection_logs"
-    rows_name: ClassVar[str] = "events"
-
-    event: Literal["connected", "disconnected", "timeout"] | None = None
-
-    def filters(self, last: Row | None = None) -> dict[str, Any]:
-        """See HistoryQuery."""
-        return super().filters(last) | ({"event": self.event} if self.event else {})
+    device_type: str | None = None
+    device_id: str | None = None
+    command_name: str | None = None
+    payload: str | None = None
+    timeout: str | None = None
+    wait: str | None = None
 
 
 DeviceIdsText = Annotated[
@@ -4047,17 +3945,80 @@ class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     device_type: str | None = None
 
 
+MAX_ROWS = {"json": 1000, "csv": 100_000}  # contract, section 6
+Limit = Annotated[
+    int,
+    msgspec.Meta(
+        ge=1,
+        title=f"a whole number from 1 to {MAX_ROWS['json']}, or with format=csv to {MAX_ROWS['csv']}",
+        extra_json_schema={"maximum": MAX_ROWS["json"]},  # a schema can't say the rest
+    ),
+]
+RowId = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+
+
+class RangeQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What every history takes."""
+
+    table: ClassVar[TableName]
+    rows_name: ClassVar[str]  # in the answer
+
+    limit: Limit = 100
+    since: Annotated[Moment | None, msgspec.Meta(description="this time and later; UTC where no zone is given")] = None
+    until: Annotated[Moment | None, msgspec.Meta(description="this time and earlier: who pages by it gets its rows again")] = (
+        None
+    )
+    format: Literal["json", "csv"] = "json"
+
+    def __post_init__(self) -> None:
+        """Raise GatewayError for more rows than the format may have."""
+        if self.limit > MAX_ROWS[self.format]:
+            raise GatewayError(Code.INVALID_FIELD_VALUE, wrong_value("limit", self.limit, Limit))
+
+
+class HistoryQuery(RangeQuery, kw_only=True):
+    """`GET /state-history/{device_id}`."""
+
+    table: ClassVar[TableName] = "device_state_snapshots"
+    rows_name = "states"
+
+    before_id: Annotated[RowId | None, msgspec.Meta(description="only rows before the one with this id")] = None
+
+    def filters(self, last: Row | None = None) -> dict[str, Any]:
+        """The rows that are wanted, after `last` where that is known, in the words of dataset's `find`."""
+        before_id = self.before_id if last is None else last["id"]
+        times = {op: stored_time(time) for op, time in ((">=", self.since), ("<=", self.until)) if time is not None}
+        return ({"timestamp": times} if times else {}) | ({"id": {"<": before_id}} if before_id else {})
+
+    def goes_on(self, last: Row) -> Row:
+        """The parameter that asks for what comes after `last`."""
+        return {"before_id": last["id"]}
+
+
+class EventsQuery(HistoryQuery, kw_only=True):
+    """`GET /device-connection-history/{device_id}`."""
+
+    table: ClassVar[TableName] = "device_connection_logs"
+    rows_name = "events"
+
+    event: Literal["connected", "disconnected", "timeout"] | None = None
+
+    def filters(self, last: Row | None = None) -> dict[str, Any]:
+        """See HistoryQuery."""
+        return super().filters(last) | ({"event": self.event} if self.event else {})
+
+
 class CommandLogsQuery(RangeQuery, kw_only=True):
     """`GET /command-logs`."""
 
     table: ClassVar[TableName] = "command_logs"
-    rows_name: ClassVar[str] = "logs"
+    rows_name = "logs"
 
     status: Literal["created", "sent", "ack_success", "ack_error", "ack_timeout", "no_devices"] | None = None
     device_type: str | None = None
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
-        """The rows that are wanted, after `last` where that is known, by COMMAND_FILTERS."""
+        """See HistoryQuery; in the words of COMMAND_FILTERS."""
         wanted = {
             "status": self.status,
             "device_type": self.device_type,
@@ -4067,21 +4028,14 @@ class CommandLogsQuery(RangeQuery, kw_only=True):
         }
         return {name: value for name, value in wanted.items() if value is not None}
 
-
-class CommandQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """`POST /command`; the values are looked at with those of the body."""
-
-    device_type: str | None = None
-    device_id: str | None = None
-    command_name: str | None = None
-    payload: str | None = None
-    timeout: str | None = None
-    wait: str | None = None
+    def goes_on(self, last: Row) -> Row:
+        """See HistoryQuery."""
+        return {"until": last["created_at"]}
 
 
 def parse_query(request: web.Request, kind: type[AnyStruct]) -> AnyStruct:
     """The query's parameters. Raises GatewayError for one that the route doesn't have, that is given twice or can't be."""
-    kinds = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    kinds = field_types(kind)
     values: dict[str, Any] = {}
     for name, text in request.query.items():
         if name in values:
@@ -4093,7 +4047,7 @@ def parse_query(request: web.Request, kind: type[AnyStruct]) -> AnyStruct:
         raise GatewayError(Code.INVALID_FIELD_VALUE, f"in the query: {error}") from None
 
 
-async def _body(request: web.Request) -> bytes:
+async def read_body(request: web.Request) -> bytes:
     """The body, whatever its content type says it is.
 
     Raises UNSUPPORTED_MEDIA_TYPE, INVALID_MESSAGE, REQUEST_TIMEOUT, and HTTPRequestEntityTooLarge.
@@ -4112,48 +4066,171 @@ async def _body(request: web.Request) -> bytes:
         raise GatewayError(Code.INVALID_MESSAGE, f"the body ended early or is broken: {type(error).__name__}") from None
 
 
-def _translate(request: web.BaseRequest, error: web.HTTPException) -> GatewayError:
-    """The gateway's own error for one that the router or the HTTP library raised."""
-    match error.status:
-        case 404:
-            return GatewayError(Code.NOT_FOUND, f"no such route: {request.path[:100]}")
-        case 405:
-            return GatewayError(Code.METHOD_NOT_ALLOWED, f"{request.method} is not possible on {request.path[:100]}")
-        case 413:
-            return GatewayError(Code.PAYLOAD_TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes")
-        case 415:
-            return GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, error.reason)
-        case _:
-            return GatewayError(Code.INVALID_FIELD_VALUE, error.text or error.reason)
+# -- what they get -----------------------------------------------------------------------------------------------------
+
+STREAM_BYTES = 16 << 10  # of an answer that is made as it is taken; about a millisecond of encoding
+CSV_PAGE_ROWS = 1000  # contract, section 6: as many are in memory at a time
+MAX_STATE_COLUMNS = 1000  # boards may use as many keys as they like; more are in `other`
 
 
-def _is_private(host: str) -> bool:
-    """Whether a `Host` is an address or a name that nobody outside can own."""
-    name = host.lower().rsplit(":", 1)[0] if not host.endswith("]") else host
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name.strip("[]"))
-        return True
-    return "." not in name.rstrip(".") or name.rstrip(".").endswith(_PRIVATE_DOMAINS)
+def json_response(content: object, status: int = 200) -> web.Response:
+    """JSON, with a line end for those who read it in a shell."""
+    return web.Response(body=json_encoder.encode(content) + b"\n", status=status, content_type="application/json")
 
 
-def _shows_token(request: web.Request, token: str | None, *, in_query: bool = False) -> bool:
-    """Whether the request bears the token, or none is set.
+async def stream(request: web.Request, response: web.StreamResponse, parts: AsyncIterable[bytes]) -> web.StreamResponse:
+    """Give an answer of any length, STREAM_BYTES at a time, as it is made and taken; others have their turn between.
 
-    As Bearer, as Basic with any user name, as the whole of the Authorization header (contract, section 1), or as `?token=`
-    where that is possible.
+    An empty part means that what there is goes out now.
     """
-    if token is None:
-        return True
-    authorization = request.headers.get("Authorization", "").strip()
-    scheme, _, value = authorization.partition(" ")
-    shown = authorization or (request.query.get("token", "") if in_query else "")
-    match scheme.lower():
-        case "bearer":
-            shown = value.strip()
-        case "basic":
-            with contextlib.suppress(ValueError):
-                shown = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-    return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
+    assert isinstance(request.protocol, HttpConnection)
+    waiting = bytearray()
+    async for part in parts:
+        waiting += part
+        if part and len(waiting) < STREAM_BYTES:
+            continue
+        if request.transport is None:
+            raise ConnectionError("the caller went away")
+        if not response.prepared:
+            await response.prepare(request)
+        request.protocol.held.note(len(waiting))
+        await response.write(bytes(waiting))
+        waiting.clear()
+        await asyncio.sleep(0)
+    if not response.prepared:
+        response.content_length = len(waiting)
+        await response.prepare(request)
+    await response.write_eof(bytes(waiting))
+    return response
+
+
+async def device_list(devices: Sequence[Device]) -> AsyncIterator[bytes]:
+    """What `GET /devices` answers, in parts."""
+    yield b'{"total":%d,"devices":[' % len(devices)
+    for number, device in enumerate(devices):
+        yield (b"," if number else b"") + json_encoder.encode(device.record())
+    yield b"]}\n"
+
+
+ReadRows = Callable[..., Awaitable[list[Row]]]
+"""What gives up to `limit` rows that match filters, newest first."""
+
+
+async def json_history(query: HistoryQuery | CommandLogsQuery, read: ReadRows, about: Row) -> Row:
+    """The rows that a query wants, and what they are `about`.
+
+    One that ended early, at MAX_ANSWER_BYTES, says with what parameter the next one goes on.
+    """
+    rows = await read(query.limit, **query.filters())
+    encoded = json_encoder.encode(rows)
+    is_cut = len(rows) < query.limit and len(encoded) > Database.MAX_ANSWER_BYTES
+    goes_on = query.goes_on(rows[-1]) if is_cut else {}
+    return {**about, "total": len(rows), query.rows_name: msgspec.Raw(encoded), **goes_on}
+
+
+async def csv_history(query: HistoryQuery | CommandLogsQuery, read: ReadRows) -> AsyncIterator[bytes]:
+    """The rows that a query wants as CSV, in parts, written out as they are read."""
+    left = query.limit
+    rows = await read(min(left, CSV_PAGE_ROWS), **query.filters())
+    sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
+    yield csv_line(sheet.header)
+    while rows:
+        for row in rows:
+            yield csv_line(sheet.cells(row))
+        yield b""
+        left -= len(rows)
+        last, rows = rows[-1], []  # one page in memory at a time
+        rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
+
+
+def csv_line(values: Iterable[Any]) -> bytes:
+    """Values as a line of CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(map(csv_cell, values))
+    return text.getvalue().encode()
+
+
+_NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?")
+
+
+def csv_cell(value: Any) -> str:
+    """A value as a cell: text that a spreadsheet would take for a formula gets a `'` in front, null is empty, the rest JSON."""
+    if isinstance(value, str):
+        return "'" + value if value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(value) else value
+    return "" if value is None else to_json(value)
+
+
+class Sheet:
+    """Rows of a history as they are: a column each."""
+
+    def __init__(self, table: TableName) -> None:
+        self.header = list(COLUMNS[table])
+
+    def cells(self, row: Row) -> list[Any]:
+        """A row's values in the header's order."""
+        return [row[name] for name in self.header]
+
+
+class StateSheet(Sheet):
+    """States: a column for each top-level key of the newest ones, and what others have besides as JSON in `other`."""
+
+    def __init__(self, newest: Iterable[Row]) -> None:
+        keys = dict.fromkeys(key for row in newest for key in self._state(row))
+        self._keys = [key for key in keys if key not in ("timestamp", "other")][:MAX_STATE_COLUMNS]
+        self.header = ["timestamp", *self._keys, "other"]
+
+    def cells(self, row: Row) -> list[Any]:
+        """See Sheet."""
+        state = self._state(row)
+        known = [state.pop(key, None) for key in self._keys]
+        return [row["timestamp"], *known, state or None]
+
+    def _state(self, row: Row) -> dict[str, Any]:
+        state = json_decoder.decode(row["state_data"] or b"null")
+        return state if isinstance(state, dict) else {"other": state}  # the earlier backend left there what it liked
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def error_of(request: web.BaseRequest, problem: BaseException | None) -> GatewayError:
+    """The gateway's own error for one that a handler, the router or the HTTP library raised."""
+    match problem:
+        case GatewayError():
+            return problem
+        case ConnectionError():
+            return GatewayError(Code.INVALID_MESSAGE, "the caller went away")
+        case LineTooLong():
+            text = f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}"
+            return GatewayError(Code.PAYLOAD_TOO_LARGE, text)
+        case HttpProcessingError():
+            text = problem.message.strip().partition("\n")[0][:100].rstrip(":")
+            hint = ". What isn't ASCII is written with % there: ü as %C3%BC (curl -G --data-urlencode does it)"
+            return GatewayError(Code.INVALID_MESSAGE, f"not valid HTTP: {text}{hint if 'url' in text else ''}")
+        case web.HTTPNotFound():
+            return GatewayError(Code.NOT_FOUND, f"no such route: {request.path[:100]}")
+        case web.HTTPMethodNotAllowed():
+            return GatewayError(Code.METHOD_NOT_ALLOWED, f"{request.method} is not possible on {request.path[:100]}")
+        case web.HTTPRequestEntityTooLarge():
+            return GatewayError(Code.PAYLOAD_TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        case web.HTTPException():
+            return GatewayError(Code.INVALID_FIELD_VALUE, problem.text or problem.reason)
+        case _:
+            log.error("request_failed", method=request.method, path=request.path, exc_info=problem)
+            return GatewayError(Code.INTERNAL_ERROR, "internal error; the gateway's log says more")
+
+
+def error_response(request: web.BaseRequest, error: GatewayError) -> web.Response:
+    """The one shape that every error has (contract, section 6). Where an answer is under way, that is cut off instead."""
+    if request.writer.output_size > 0:
+        if request.transport is not None and not request.transport.is_closing():  # the caller must see that this isn't all
+            log.warning("answer_cut_off", peer=peer_of(request), path=request.path, error=str(error))
+            request.transport.abort()
+        raise ConnectionError("the answer was under way")
+    return json_response({"error": str(error), "error_code": error.code.name}, error.status)
+
+
+# -- connections -------------------------------------------------------------------------------------------------------
 
 
 class Held:
@@ -4187,17 +4264,19 @@ class Held:
 
 
 class HttpConnection(web.RequestHandler):
-    """A caller's connection. What is no HTTP gets an error of the same shape as all others, and no traceback in the log."""
+    """A caller's or a board's connection: what it may hold, and errors of the one shape also for what is no HTTP."""
 
-    __slots__ = ("_held", "_is_full", "_unfinished_bytes")
+    __slots__ = ("_answer_bytes", "_is_full", "_unfinished_bytes", "held")
 
-    READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB: then the next one that sent something has its turn
+    READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB
+    READ_OF_BOARD_BYTES = 1 << 10  # the smallest frame has 6 bytes and takes 200: 1,000 that flood with them take 35 MB
 
     def __init__(self, server: web.Server, *, held: Held, is_full: bool, **options: Any) -> None:
         super().__init__(server, **options)
-        self._held = held
+        self.held = held
         self._is_full = is_full
         self._unfinished_bytes = 0
+        self._answer_bytes = 0  # of one that is going out
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """What asyncio calls first. The kernel drops the connection when its peer takes nothing for UNREAD_TIMEOUT_S."""
@@ -4207,13 +4286,18 @@ class HttpConnection(web.RequestHandler):
             transport.close()
             return
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
+        self.read_at_once(self.READ_BYTES)
+
+    def read_at_once(self, size_bytes: int) -> None:
+        """Take so much of what waits; then the next one that sent something has its turn."""
         with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
-            transport.max_size = self.READ_BYTES  # type: ignore[attr-defined]
+            self.transport.max_size = size_bytes  # type: ignore[union-attr]
 
     @property
     def held_bytes(self) -> int:
         """What it has sent that isn't whole yet, and has not taken of what is for it."""
-        return self._unfinished_bytes + (self.transport.get_write_buffer_size() if self.transport is not None else 0)
+        waiting_bytes = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        return self._unfinished_bytes + self._answer_bytes + waiting_bytes
 
     def let_go(self) -> None:
         """End it at once."""
@@ -4228,7 +4312,7 @@ class HttpConnection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         """What asyncio calls with what a peer sends."""
         self._unfinished_bytes += len(data)
-        self._held.note(len(data))
+        self.held.note(len(data))
         super().data_received(data)
 
     async def finish_response(
@@ -4236,10 +4320,14 @@ class HttpConnection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         """What aiohttp calls with an answer; it returns when the answer is taken, but for what the kernel and 64 KB hold."""
         if isinstance(resp, web.HTTPException):  # an `Expect` that never reaches a route
-            resp = error_response(_translate(request, resp))
-        if isinstance(resp, web.Response):
-            self._held.note(len(resp.body) if isinstance(resp.body, bytes) else 0)
+            resp = error_response(request, error_of(request, resp))
+        if isinstance(resp, web.Response) and isinstance(resp.body, bytes):
+            self.held.note(len(resp.body))
+            self._answer_bytes = len(resp.body)
         finished = await super().finish_response(request, resp, start_time)
+        self._answer_bytes = 0
+        if isinstance(resp, web.Response):
+            resp.body = None  # aiohttp keeps the response until the next one
         if not self._messages:  # of several requests sent at once
             self.note_whole()
         return finished
@@ -4247,117 +4335,183 @@ class HttpConnection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """What aiohttp calls for what never reaches a route: requests that can't be parsed, and its own defects."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer was under way")
-        error: GatewayError
-        if isinstance(exc, LineTooLong):
-            error = GatewayError(
-                Code.PAYLOAD_TOO_LARGE, f"the request line is over {MAX_LINE_BYTES} bytes, or a header over {MAX_HEADER_BYTES}"
-            )
-        elif status < 500:
-            text = str(message or exc).strip().partition("\n")[0][:100].rstrip(":")
-            hint = ". What isn't ASCII is written with % there: ü as %C3%BC (curl -G --data-urlencode does it)" * (
-                "url" in text
-            )
-            error = GatewayError(Code.INVALID_MESSAGE, f"not valid HTTP: {text}{hint}")
-        else:
-            log.error("request_failed", method=request.method, path=request.path, exc_info=exc)
-            error = GatewayError(Code.INTERNAL_ERROR, "internal error; the gateway's log says more")
-        response = error_response(error)
+        """What aiohttp calls for what never reaches a route: requests that can't be parsed, and defects."""
+        response = error_response(request, error_of(request, exc))
         response.force_close()
         return response
 
 
-async def _continue(request: web.Request) -> None:
+async def send_continue(request: web.Request) -> None:
     """What goes out before a body is read, for a caller that waits for it (RFC 9110, section 10.1.1)."""
     if request.headers["Expect"].lower() == "100-continue" and request.version >= aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer itself has not begun
 
 
-# -- histories as CSV --------------------------------------------------------------------------------------------------
+# -- who gets in -------------------------------------------------------------------------------------------------------
 
-CSV_PAGE_ROWS = 1000  # contract, section 6: as many are in memory at a time
-CSV_TURN_ROWS = 50  # about a millisecond of encoding, then the others have their turn
-MAX_STATE_COLUMNS = 1000  # boards may use as many keys as they like; more are in `other`
+# Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
+# that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
+PRIVATE_DOMAINS = (".local", ".localhost", ".home.arpa", ".internal", ".lan", ".home")
 
-_NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?")
-
-
-def csv_cell(value: Any) -> str:
-    """A value as a cell: text that a spreadsheet would take for a formula gets a `'` in front, null is empty, the rest JSON."""
-    if isinstance(value, str):
-        return "'" + value if value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(value) else value
-    return "" if value is None else to_json(value)
+# What a browser asks before it lets a page of an allowed origin call with JSON or a token (the Fetch standard's CORS).
+PREFLIGHT_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "600",
+}
 
 
-def csv_lines(rows: Iterable[Iterable[Any]]) -> bytes:
-    """Rows of values as lines of CSV."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(map(csv_cell, row) for row in rows)
-    return text.getvalue().encode()
+class Access(enum.Enum):
+    """Whom a route lets in."""
+
+    CALLERS = enum.auto()  # with the API token, where one is set
+    BOARDS = enum.auto()  # with the device token, where one is set, and with the origin that their library sends
+    ALL = enum.auto()
 
 
-class Sheet:
-    """Rows of a history as they are: a column each."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """One line of the table of routes.
 
-    def __init__(self, table: TableName) -> None:
-        self.header = list(COLUMNS[table])
+    The handler is given the request and its query, a `query`, and returns what is to be JSON, or a response of its own.
+    """
 
-    def cells(self, row: Row) -> list[Any]:
-        """A row's values in the header's order."""
-        return [row[name] for name in self.header]
+    method: str
+    path: str
+    handler: Callable[[web.Request, Any], Awaitable[object]]
+    query: type[msgspec.Struct] | None = NoQuery  # None: whatever was compiled into a board
+    answer: Any = None  # for OpenAPI: a type of JSON, or another content type; None is for people and boards
+    body: type[msgspec.Struct] | None = None  # for OpenAPI
+    access: Access = Access.CALLERS
 
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """What aiohttp calls with a request that Guard let in."""
+        query = None if self.query is None else parse_query(request, self.query)
+        answer = await self.handler(request, query)
+        return answer if isinstance(answer, web.StreamResponse) else json_response(answer)
 
-class StateSheet(Sheet):
-    """States: a column for each top-level key of the newest ones, and what others have besides as JSON in `other`."""
-
-    def __init__(self, newest: Iterable[Row]) -> None:
-        keys = dict.fromkeys(key for row in newest for key in self._state(row))
-        self._keys = [key for key in keys if key not in ("timestamp", "other")][:MAX_STATE_COLUMNS]
-        self.header = ["timestamp", *self._keys, "other"]
-
-    def cells(self, row: Row) -> list[Any]:
-        """See Sheet."""
-        state = self._state(row)
-        known = [state.pop(key, None) for key in self._keys]
-        return [row["timestamp"], *known, state or None]
-
-    def _state(self, row: Row) -> dict[str, Any]:
-        state = json_decoder.decode(row["state_data"] or b"null")
-        return state if isinstance(state, dict) else {"other": state}  # the earlier backend left there what it liked
-
-
-ReadRows = Callable[..., Awaitable[list[Row]]]
-"""What gives up to `limit` rows that match filters, newest first."""
+    def definitions(self) -> Iterator[web.RouteDef]:
+        """The route plain and under /api, and with a slash at its end too."""
+        for prefix in ("", "/api"):
+            plain = prefix + self.path.rstrip("/")
+            for path in (plain, plain + "/") if plain else ("/",):
+                yield web.route(self.method, path, self.serve, expect_handler=send_continue)
 
 
-async def send_csv(request: web.Request, query: HistoryQuery | CommandLogsQuery, read: ReadRows) -> web.StreamResponse:
-    """The rows that a query wants as a download, written out as they are read."""
-    rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
-    response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}.csv"'})
-    response.content_type, response.charset = "text/csv", "utf-8"
-    await response.prepare(request)
-    sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
-    left = query.limit
-    try:
-        await response.write(csv_lines([sheet.header]))
-        while rows:
-            for start in range(0, len(rows), CSV_TURN_ROWS):
-                await response.write(csv_lines(map(sheet.cells, rows[start : start + CSV_TURN_ROWS])))
-                await asyncio.sleep(0)
-            left -= len(rows)
-            last, rows = rows[-1], []  # one page in memory at a time
-            rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
-    except GatewayError as error:  # the caller must see that this isn't all
-        log.warning("download_cut_off", peer=peer_of(request), path=request.path, error=str(error))
-        if request.transport is not None:
-            request.transport.abort()
-    except ConnectionError:
-        pass  # the caller went
-    return response
+def is_private(host: str) -> bool:
+    """Whether a `Host` is an address or a name that nobody outside can own."""
+    name = host.lower().rsplit(":", 1)[0] if not host.endswith("]") else host
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name.strip("[]"))
+        return True
+    return "." not in name.rstrip(".") or name.rstrip(".").endswith(PRIVATE_DOMAINS)
+
+
+def shows_token(request: web.Request, token: str | None, *, in_query: bool = False) -> bool:
+    """Whether the request bears the token, or none is set.
+
+    As Bearer, as Basic with any user name, as the whole of the Authorization header (contract, section 1), or as `?token=`
+    where that is possible.
+    """
+    if token is None:
+        return True
+    authorization = request.headers.get("Authorization", "").strip()
+    scheme, _, value = authorization.partition(" ")
+    shown = authorization or (request.query.get("token", "") if in_query else "")
+    match scheme.lower():
+        case "bearer":
+            shown = value.strip()
+        case "basic":
+            with contextlib.suppress(ValueError):
+                shown = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+    return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
+
+
+class Guard:
+    """Lets requests in or not, and gives every error its one shape."""
+
+    def __init__(self, settings: Settings, refused: Counter[str]) -> None:
+        """What it refuses is counted in `refused`, by code."""
+        self._settings = settings
+        self._origins = settings.origins
+        self._refused = refused
+
+    @web.middleware
+    async def admit(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Serve a request that may come in; all of them pass here, those that have no route, too."""
+        route = getattr(request.match_info.handler, "__self__", None)  # whose `serve` it is; no Route's where there is none
+        access = route.access if isinstance(route, Route) else Access.CALLERS
+        try:
+            self._check_origin(request, access)
+            is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+            if is_preflight and self._is_from_allowed_page(request):
+                return web.Response(status=204, headers=PREFLIGHT_HEADERS)
+            self._check_token(request, access)
+            response = await handler(request)
+        except (GatewayError, web.HTTPException, ConnectionError) as problem:
+            response = self._refuse(request, problem)
+        if access is Access.BOARDS and not response.prepared:
+            response.force_close()  # a refused board says more, which is no request (contract, section 1)
+        return response
+
+    async def dress(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Give every answer, before its head goes out, the headers that it needs."""
+        if self._is_from_allowed_page(request):
+            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+            response.headers["Vary"] = "Origin"
+
+    def _refuse(self, request: web.Request, problem: Exception) -> web.Response:
+        error = error_of(request, problem)
+        self._refused[error.code.name] += 1
+        if error.status in (401, 403):
+            log.warning("request_refused", peer=peer_of(request), path=request.path, error=str(error))
+        else:
+            log.debug("request_refused", method=request.method, path=request.path, error_code=error.code.name, error=str(error))
+        response = error_response(request, error)
+        if isinstance(problem, web.HTTPMethodNotAllowed):
+            response.headers["Allow"] = problem.headers["Allow"]
+        if error.status == 401:
+            # A browser asks for what is named first; of what a page's script fetches it must not ask.
+            is_page = "text/html" in request.headers.get("Accept", "")
+            response.headers["WWW-Authenticate"] = ("" if is_page else 'Bearer realm="AMHR-PD", ') + 'Basic realm="AMHR-PD"'
+        return response
+
+    def _check_origin(self, request: web.Request, access: Access) -> None:
+        """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
+        headers = request.headers
+        try:
+            "".join(headers.values()).encode()
+        except UnicodeEncodeError:
+            raise GatewayError(Code.INVALID_MESSAGE, "not valid HTTP: a header that is not UTF-8") from None
+        origin, host = headers.get("Origin"), headers.get("Host", "")
+        if access is Access.BOARDS and origin in (None, "file://"):
+            return  # every board in the field says so, whatever host was compiled in (contract, section 1)
+        if self._is_from_allowed_page(request):
+            return
+        authorities = {normal_origin(f"{scheme}://{host}") for scheme in ("http", "https")}
+        can_allow_it = "AMHRPD_ALLOWED_ORIGINS can allow it"
+        if not is_private(host) and not authorities & self._origins:
+            raise GatewayError(Code.FORBIDDEN, f"the host {host[:100]!r} is not known here; {can_allow_it}")
+        if origin is not None and normal_origin(origin) not in authorities:
+            raise GatewayError(Code.FORBIDDEN, f"the origin {origin[:100]!r} is not allowed here; {can_allow_it}")
+        is_link = (request.method, request.path, headers.get("Sec-Fetch-Dest", "document")) == ("GET", "/", "document")
+        is_link &= headers.get("Sec-Fetch-Mode") == "navigate"
+        if origin is None and headers.get("Sec-Fetch-Site") == "cross-site" and not is_link:
+            raise GatewayError(Code.FORBIDDEN, "a web page from elsewhere asks for this, and doesn't say which")
+
+    def _is_from_allowed_page(self, request: web.Request) -> bool:
+        return normal_origin(request.headers.get("Origin", "")) in self._origins
+
+    def _check_token(self, request: web.Request, access: Access) -> None:
+        """Raise UNAUTHORIZED where a token is set and the request doesn't show it."""
+        how = "send the header `Authorization: Bearer <token>`, or the token as a Basic password; the gateway has it from"
+        if access is Access.BOARDS and not shows_token(request, self._settings.device_token, in_query=True):
+            raise GatewayError(Code.UNAUTHORIZED, f"a valid device token is required: {how} AMHRPD_DEVICE_TOKEN")
+        if access is Access.CALLERS and not shows_token(request, self._settings.api_token):
+            raise GatewayError(Code.UNAUTHORIZED, f"a valid API token is required: {how} AMHRPD_API_TOKEN")
 
 
 # -- figures for Prometheus --------------------------------------------------------------------------------------------
@@ -4410,82 +4564,52 @@ class Metrics:
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 
-def answer_type(name: str, table: TableName | None = None, /, optional: Row | None = None, **fields: Any) -> Any:
-    """A type of JSON answers: the table's columns, then these fields, where `[kind]` is a list of `kind`."""
+def answer_type(name: str, always: Row, sometimes: Row | None = None) -> Any:
+    """A type of JSON answers: keys with their types, those that are always there and those that may be."""
+    optional = [(key, kind | msgspec.UnsetType, msgspec.UNSET) for key, kind in (sometimes or {}).items()]
+    return msgspec.defstruct(name, [*always.items(), *optional])
+
+
+def list_of(kind: Any) -> Any:
+    """The type of a list."""
+    return GenericAlias(list, (kind,))
+
+
+def columns_of(table: TableName) -> Row:
+    """A table's columns with the types that they have in answers."""
     types = {"id": int, "is_online": bool, "target_device_count": int, "success_count": int}
-    columns: Row = {
-        key: Any if kind == "JSON" else types.get(key, str) | None for key, kind in (COLUMNS[table] if table else {}).items()
-    }
-    for key, kind in fields.items():
-        columns[key] = GenericAlias(list, tuple(kind)) if isinstance(kind, list) else kind
-    return msgspec.defstruct(
-        name, [*columns.items(), *((key, kind | msgspec.UnsetType, msgspec.UNSET) for key, kind in (optional or {}).items())]
-    )
+    return {key: Any if kind == "JSON" else types.get(key, str) | None for key, kind in COLUMNS[table].items()}
 
 
-_TIME = str | None
-_DEVICE = answer_type("Device", "devices", metadata=Any, state=Any, state_timestamp=_TIME, alert=dict | None, deadman_at=_TIME)
-_STATE = answer_type("State", "device_state_snapshots")
-_CONNECTION_EVENT = answer_type("ConnectionEvent", "device_connection_logs")
-_COMMAND_LOG = answer_type("CommandLog", "command_logs")
-_ERROR = answer_type("Error", error=str, error_code=Literal[tuple(code.name for code in Code)])
-_COMMAND = answer_type(
-    "Command",
-    **dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), str),
-    **{"payload": dict, "target_device_count": int, "success_count": int},
-    optional={"response_data": Any, "alerts": list, "deadman": Deadman, "detail": str, "persisted": bool},
+TIME = str | None
+ERROR = answer_type("Error", {"error": str, "error_code": Literal[tuple(code.name for code in Code)]})
+HEALTH = answer_type("Health", {"status": Literal["ok", "degraded"]})
+DEVICE = answer_type(
+    "Device",
+    columns_of("devices") | {"metadata": Any, "state": Any, "state_timestamp": TIME, "alert": dict | None, "deadman_at": TIME},
 )
-# What a handler takes in the query, and answers: JSON of a type, or another content type.
-DESCRIBED: Mapping[str, tuple[type[msgspec.Struct], Any]] = {
-    "health": (NoQuery, answer_type("Health", status=Literal["ok", "degraded"])),
-    "devices": (DevicesQuery, answer_type("Devices", total=int, devices=[_DEVICE])),
-    "device": (NoQuery, _DEVICE),
-    "delete_device": (NoQuery, answer_type("Deleted", device_id=str, deleted=dict[str, int])),
-    "command": (NoQuery, _COMMAND),  # its other form, in the query, can't be said beside this one
-    "state_history": (HistoryQuery, answer_type("StateHistory", device_id=str, total=int, states=[_STATE])),
-    "command_logs": (CommandLogsQuery, answer_type("CommandLogs", total=int, logs=[_COMMAND_LOG])),
-    "command_log": (NoQuery, _COMMAND_LOG),
-    "connection_history": (EventsQuery, answer_type("ConnectionHistory", device_id=str, total=int, events=[_CONNECTION_EVENT])),
-    "events": (ListenQuery, "text/event-stream"),
-    "metrics": (NoQuery, "text/plain"),
-    "openapi": (NoQuery, "application/json"),
-}
+DEVICES = answer_type("Devices", {"total": int, "devices": list_of(DEVICE)})
+DELETED = answer_type("Deleted", {"device_id": str, "deleted": dict[str, int]})
+COMMAND = answer_type(
+    "Command",
+    dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), str)
+    | {"payload": dict, "target_device_count": int, "success_count": int},
+    {"response_data": Any, "alerts": list, "deadman": Deadman, "detail": str, "persisted": bool},
+)
+# Where a history ended early, its last key is the parameter that the next question goes on with.
+STATES = list_of(answer_type("State", columns_of("device_state_snapshots")))
+STATE_HISTORY = answer_type("StateHistory", {"device_id": str, "total": int, "states": STATES}, {"before_id": int})
+EVENTS = list_of(answer_type("ConnectionEvent", columns_of("device_connection_logs")))
+CONNECTION_HISTORY = answer_type("ConnectionHistory", {"device_id": str, "total": int, "events": EVENTS}, {"before_id": int})
+COMMAND_LOG = answer_type("CommandLog", columns_of("command_logs"))
+COMMAND_LOGS = answer_type("CommandLogs", {"total": int, "logs": list_of(COMMAND_LOG)}, {"until": str})
 
 
-def described(path: str, handler: Handler, schemas: Mapping[str, Any]) -> Row:
-    """What OpenAPI says of one route."""
-
-    def json_of(name: str) -> Row:
-        return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
-
-    query, answer = DESCRIBED[handler.__name__]
-    content: Row = {answer: {}} if isinstance(answer, str) else json_of(answer.__name__)
-    if issubclass(query, RangeQuery):
-        content["text/csv"] = {}
-    # In a query nothing is null: that is what is left out.
-    options = {name: schema.get("anyOf", [schema])[0] for name, schema in schemas[query.__name__]["properties"].items()}
-    names = re.findall(r"{(\w+)}", path)
-    operation: Row = {
-        "operationId": handler.__name__,
-        "summary": (handler.__doc__ or "").partition("\n")[0],
-        "parameters": [
-            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
-            *({"name": name, "in": "query", "schema": schema} for name, schema in options.items()),
-        ],
-        "responses": {"200": {"description": "done", "content": content}}
-        | {status: {"description": "refused", "content": json_of("Error")} for status in ("4XX", "5XX")},
-    }
-    if handler.__name__ == "health":
-        operation["responses"]["503"] = {"description": "the database can't be written", "content": content}
-    if handler.__name__ == "command":
-        operation["requestBody"] = {"required": True, "content": json_of("CommandRequest")}
-    return operation
-
-
-def openapi(table: Iterable[tuple[str, str, Handler, Access]]) -> msgspec.Raw:
-    """The routes of the table that are DESCRIBED, as OpenAPI 3.1."""
-    kinds = [kind for pair in DESCRIBED.values() for kind in pair if not isinstance(kind, str)]
-    _, schemas = msgspec.json.schema_components([CommandRequest, _ERROR, *kinds], ref_template="#/components/schemas/{name}")
+def openapi(table: Iterable[Route]) -> msgspec.Raw:
+    """The routes that have an answer, as OpenAPI 3.1."""
+    routes = [route for route in table if route.answer is not None]
+    kinds = [kind for route in routes for kind in (route.query, route.body, route.answer) if isinstance(kind, type)]
+    _, schemas = msgspec.json.schema_components([ERROR, *kinds], ref_template="#/components/schemas/{name}")
     request = schemas["CommandRequest"]
     one_or_several = request["properties"]["device_id"]["anyOf"]
     one_or_several.append(one_or_several[0]["items"])
@@ -4495,9 +4619,8 @@ def openapi(table: Iterable[tuple[str, str, Handler, Access]]) -> msgspec.Raw:
         {"required": ["device_id"], "properties": {"device_type": absent, "device_id": given}},
     ]
     paths: dict[str, Row] = {}
-    for method, path, handler, _ in table:
-        if handler.__name__ in DESCRIBED:
-            paths.setdefault(path, {})[method.lower()] = described(path, handler, schemas)
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = operation(route, schemas)
     document = {
         "openapi": "3.1.0",
         "info": {"title": "AMHR-PD gateway", "version": VERSION},
@@ -4511,135 +4634,71 @@ def openapi(table: Iterable[tuple[str, str, Handler, Access]]) -> msgspec.Raw:
     return raw(to_json(document).replace(r"\\A", "^").replace(r"\\Z", "$"))  # JSON Schema's patterns are JavaScript's
 
 
+def operation(route: Route, schemas: Mapping[str, Any]) -> Row:
+    """What OpenAPI says of one route."""
+
+    def json_of(kind: type) -> Row:
+        return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+
+    content: Row = json_of(route.answer) if isinstance(route.answer, type) else {route.answer: {}}
+    names = re.findall(r"{(\w+)}", route.path)
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    if route.query is not None and route.body is None:  # a query in place of the body can't be said beside it
+        for name, schema in schemas[route.query.__name__]["properties"].items():
+            about = {"description": schema["description"]} if "description" in schema else {}
+            # In a query nothing is null: that is what is left out.
+            parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], **about})
+        if issubclass(route.query, RangeQuery):
+            content["text/csv"] = {}
+    responses = {"200": {"description": "done", "content": content}}
+    responses |= {status: {"description": "refused", "content": json_of(ERROR)} for status in ("4XX", "5XX")}
+    if route.answer is HEALTH:
+        responses["503"] = {"description": "the database can't be written", "content": content}
+    said: Row = {
+        "operationId": route.handler.__name__,
+        "summary": (route.handler.__doc__ or "").partition("\n")[0],
+        "parameters": parameters,
+        "responses": responses,
+    }
+    return said if route.body is None else said | {"requestBody": {"required": True, "content": json_of(route.body)}}
+
+
+# -- the routes --------------------------------------------------------------------------------------------------------
+
+
 class RestApi:
-    """The routes of the contract's section 6. Handlers look up and answer; `guard` owns access and errors."""
+    """The routes of the contract's section 6. Handlers look up and answer; see Route, and Guard for access and errors."""
 
     def __init__(self, settings: Settings, gateway: Gateway, store: Store) -> None:
         self._settings = settings
-        self._origins = settings.origins
         self._gateway = gateway
         self._store = store
         self._page_headers = page_headers(PAGE)
-        self._table: tuple[tuple[str, str, Handler, Access], ...] = (
-            ("GET", "/", self.page, Access.CALLERS),
-            ("GET", "/ws/{device_id}", self.serve_device, Access.BOARDS),
-            ("GET", "/health", self.health, Access.ALL),
-            ("GET", "/events", self.events, Access.CALLERS),
-            ("GET", "/devices", self.devices, Access.CALLERS),
-            ("GET", "/devices/{device_id}", self.device, Access.CALLERS),
-            ("DELETE", "/devices/{device_id}", self.delete_device, Access.CALLERS),
-            ("POST", "/command", self.command, Access.CALLERS),
-            ("GET", "/state-history/{device_id}", self.state_history, Access.CALLERS),
-            ("GET", "/command-logs", self.command_logs, Access.CALLERS),
-            ("GET", "/command-logs/{command_id}", self.command_log, Access.CALLERS),
-            ("GET", "/device-connection-history/{device_id}", self.connection_history, Access.CALLERS),
-            ("GET", "/metrics", self.metrics, Access.CALLERS),
-            ("GET", "/openapi.json", self.openapi, Access.CALLERS),
-        )
         self._metrics = prometheus_client.CollectorRegistry()
         self._metrics.register(Metrics(gateway, store))
         prometheus_client.ProcessCollector(registry=self._metrics)
-        self._access: dict[object, Access] = {handler: access for _, _, handler, access in self._table}
+        self.routes = (
+            Route("GET", "/", self.page),
+            Route("GET", "/ws/{device_id}", self.serve_device, query=None, access=Access.BOARDS),
+            Route("GET", "/health", self.health, answer=HEALTH, access=Access.ALL),
+            Route("GET", "/events", self.events, ListenQuery, "text/event-stream"),
+            Route("GET", "/devices", self.devices, DevicesQuery, DEVICES),
+            Route("GET", "/devices/{device_id}", self.device, NoQuery, DEVICE),
+            Route("DELETE", "/devices/{device_id}", self.delete_device, NoQuery, DELETED),
+            Route("POST", "/command", self.command, CommandQuery, COMMAND, body=CommandRequest),
+            Route("GET", "/state-history/{device_id}", self.state_history, HistoryQuery, STATE_HISTORY),
+            Route("GET", "/command-logs", self.command_logs, CommandLogsQuery, COMMAND_LOGS),
+            Route("GET", "/command-logs/{command_id}", self.command_log, NoQuery, COMMAND_LOG),
+            Route("GET", "/device-connection-history/{device_id}", self.connection_history, EventsQuery, CONNECTION_HISTORY),
+            Route("GET", "/metrics", self.metrics, NoQuery, "text/plain"),
+            Route("GET", "/openapi.json", self.openapi, NoQuery, "application/json"),
+        )
 
-    def routes(self) -> list[web.RouteDef]:
-        """Every route, plain and under /api, and each with a slash at its end too."""
-        return [
-            web.route(method, path, handler, expect_handler=_continue)
-            for method, route, handler, _ in self._table
-            for plain in (route.rstrip("/"), "/api" + route.rstrip("/"))
-            for path in (plain, plain + "/")
-            if path
-        ]
-
-    # -- access and errors ---------------------------------------------------------------------------------------------
-
-    @web.middleware
-    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Let a request in or not, and give every error its one shape."""
-        access = self._access.get(request.match_info.handler, Access.CALLERS)  # no such route: no more than callers
-        try:
-            response = await self._answer(request, access, handler)
-        except GatewayError as error:
-            response = self._error_response(request, error)
-        except web.HTTPException as error:
-            response = self._error_response(request, _translate(request, error))
-            if "Allow" in error.headers:
-                response.headers["Allow"] = error.headers["Allow"]
-        except ConnectionError:
-            response = self._error_response(request, GatewayError(Code.INVALID_MESSAGE, "the caller went away"))
-        if access is Access.BOARDS and not response.prepared:
-            response.force_close()  # a refused board says more, which is no request (contract, section 1)
-        return response
-
-    async def dress(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Give every answer, before its head goes out, the headers that it needs."""
-        if self._is_from_allowed_page(request):
-            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
-            response.headers["Vary"] = "Origin"
-
-    async def _answer(self, request: web.Request, access: Access, handler: Handler) -> web.StreamResponse:
-        try:
-            "".join(request.headers.values()).encode()
-        except UnicodeEncodeError:
-            raise GatewayError(Code.INVALID_MESSAGE, "not valid HTTP: a header that is not UTF-8") from None
-        self._check_origin(request, access)
-        is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-        if is_preflight and self._is_from_allowed_page(request):
-            return web.Response(status=204, headers=_PREFLIGHT_HEADERS)
-        self._check_token(request, access)
-        return await handler(request)
-
-    def _error_response(self, request: web.Request, error: GatewayError) -> web.StreamResponse:
-        self._gateway.refused[error.code.name] += 1
-        if error.status in (401, 403):
-            log.warning("request_refused", peer=peer_of(request), path=request.path, error=str(error))
-        else:
-            log.debug("request_refused", method=request.method, path=request.path, error_code=error.code.name, error=str(error))
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer was under way")
-        response = error_response(error)
-        if error.status == 401:
-            # A browser asks for what is named first; of what a page's script fetches it must not ask.
-            is_page = "text/html" in request.headers.get("Accept", "")
-            response.headers["WWW-Authenticate"] = ("" if is_page else 'Bearer realm="AMHR-PD", ') + 'Basic realm="AMHR-PD"'
-        return response
-
-    def _check_origin(self, request: web.Request, access: Access) -> None:
-        """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
-        headers = request.headers
-        origin, host = headers.get("Origin"), headers.get("Host", "")
-        if access is Access.BOARDS and origin in (None, "file://"):
-            return  # every board in the field says so, whatever host was compiled in (contract, section 1)
-        if self._is_from_allowed_page(request):
-            return
-        authorities = {normal_origin(f"{scheme}://{host}") for scheme in ("http", "https")}
-        if not _is_private(host) and not authorities & self._origins:
-            raise GatewayError(Code.FORBIDDEN, f"the host {host[:100]!r} is not known here; {_ORIGINS_CAN_ALLOW_IT}")
-        if origin is not None and normal_origin(origin) not in authorities:
-            raise GatewayError(Code.FORBIDDEN, f"the origin {origin[:100]!r} is not allowed here; {_ORIGINS_CAN_ALLOW_IT}")
-        is_link = (request.method, request.path, headers.get("Sec-Fetch-Dest", "document")) == ("GET", "/", "document")
-        is_link &= headers.get("Sec-Fetch-Mode") == "navigate"
-        if origin is None and headers.get("Sec-Fetch-Site") == "cross-site" and not is_link:
-            raise GatewayError(Code.FORBIDDEN, "a web page from elsewhere asks for this, and doesn't say which")
-
-    def _is_from_allowed_page(self, request: web.Request) -> bool:
-        return normal_origin(request.headers.get("Origin", "")) in self._origins
-
-    def _check_token(self, request: web.Request, access: Access) -> None:
-        """Raise UNAUTHORIZED where a token is set and the request doesn't show it."""
-        if access is Access.BOARDS and not _shows_token(request, self._settings.device_token, in_query=True):
-            raise GatewayError(Code.UNAUTHORIZED, f"a valid device token is required: {_HOW_TO_SHOW_IT}AMHRPD_DEVICE_TOKEN")
-        if access is Access.CALLERS and not _shows_token(request, self._settings.api_token):
-            raise GatewayError(Code.UNAUTHORIZED, f"a valid API token is required: {_HOW_TO_SHOW_IT}AMHRPD_API_TOKEN")
-
-    # -- handlers ------------------------------------------------------------------------------------------------------
-
-    async def page(self, request: web.Request) -> web.Response:
+    async def page(self, request: web.Request, query: NoQuery) -> object:
         """`GET /`."""
-        parse_query(request, NoQuery)
         return web.Response(text=PAGE, content_type="text/html", headers=self._page_headers)
 
-    async def serve_device(self, request: web.Request) -> web.StreamResponse:
+    async def serve_device(self, request: web.Request, query: None) -> object:
         """`GET /ws/{device_id}`: a board connects."""
         if not re.fullmatch(DEVICE_ID_PATTERN, request.match_info["device_id"]):
             raise GatewayError(Code.INVALID_FIELD_VALUE, "device_id in the path must be 1 to 64 of A-Z a-z 0-9 . _ -")
@@ -4647,57 +4706,47 @@ class RestApi:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
         try:
             assert isinstance(request.protocol, HttpConnection)
+            request.protocol.read_at_once(HttpConnection.READ_OF_BOARD_BYTES)
             return await DeviceSocket(self._gateway, self._settings, request, request.protocol.note_whole).serve()
         except (web.HTTPBadRequest, ValueError):
             raise GatewayError(
                 Code.INVALID_FIELD_VALUE, "boards connect here: a WebSocket handshake is expected, of version 13"
             ) from None
 
-    async def health(self, request: web.Request) -> web.Response:
+    async def health(self, request: web.Request, query: NoQuery) -> object:
         """`GET /health`: open to all; without the token, where one is set, it says no more than the status."""
-        parse_query(request, NoQuery)
         health = self._gateway.health()
-        status = 200 if health["status"] == "ok" else 503
-        if not _shows_token(request, self._settings.api_token):
-            health = {"status": health["status"]}
-        return json_response(health, status)
+        is_shown = shows_token(request, self._settings.api_token)
+        return json_response(health if is_shown else {"status": health["status"]}, 200 if health["status"] == "ok" else 503)
 
-    async def devices(self, request: web.Request) -> web.StreamResponse:
-        """`GET /devices`."""
-        query = parse_query(request, DevicesQuery)
-        is_online = None if query.online is None else query.online == "true"
-        devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
-        parts = itertools.chain(
-            [f'{{"total":{len(devices)},"devices":['],
-            (("," if number else "") + to_json(device.record()) for number, device in enumerate(devices)),
-            ["]}\n"],
-        )
-        return await stream(request, "application/json", map(str.encode, parts))
-
-    async def device(self, request: web.Request) -> web.Response:
-        """`GET /devices/{device_id}`."""
-        parse_query(request, NoQuery)
-        return json_response((await self._gateway.registry.look_up(request.match_info["device_id"])).record())
-
-    async def events(self, request: web.Request) -> web.StreamResponse:
+    async def events(self, request: web.Request, query: ListenQuery) -> object:
         """`GET /events`: what happens, as it happens, as server-sent events."""
-        query = parse_query(request, ListenQuery)
         assert request.transport is not None
         names, device_ids = (None if text is None else text.split(",") for text in (query.event, query.device_id))
         listener = Listener(request.transport.abort, names, device_ids, query.device_type)
         events = self._gateway.events
-        with events.listening(listener), contextlib.suppress(ConnectionError, aiohttp.ClientError):
+        with events.listening(listener):
             async with sse_response(request, ping_interval=SILENCE_S, send_timeout=UNREAD_TIMEOUT_S) as response:
-                async for piece in events.follow(listener, response.last_event_id):
-                    if not response.is_connected():
-                        break
-                    await response.write(piece)
-        return response
+                return await stream(request, response, events.follow(listener, response.last_event_id))
 
-    async def command(self, request: web.Request) -> web.Response:
+    async def devices(self, request: web.Request, query: DevicesQuery) -> object:
+        """`GET /devices`."""
+        is_online = None if query.online is None else query.online == "true"
+        devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
+        return await stream(request, web.StreamResponse(headers={"Content-Type": "application/json"}), device_list(devices))
+
+    async def device(self, request: web.Request, query: NoQuery) -> object:
+        """`GET /devices/{device_id}`."""
+        return (await self._gateway.registry.look_up(request.match_info["device_id"])).record()
+
+    async def delete_device(self, request: web.Request, query: NoQuery) -> object:
+        """`DELETE /devices/{device_id}`."""
+        device_id = request.match_info["device_id"]
+        return {"device_id": device_id, "deleted": await self._gateway.delete_device(device_id)}
+
+    async def command(self, request: web.Request, query: CommandQuery) -> object:
         """`POST /command`."""
-        parse_query(request, CommandQuery)
-        wanted = decode_command(request.query, await _body(request))
+        wanted = decode_command(request.query, await read_body(request))
         if self._gateway.is_stopping:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
         command = await self._gateway.dispatch.route(wanted)
@@ -4706,65 +4755,47 @@ class RestApi:
         answer = command.record(with_answers=bool(wanted.wait))
         if command.status == NO_DEVICES:
             answer["detail"] = self._gateway.dispatch.explain_no_devices(wanted)
-        return json_response(answer)
+        return answer
 
-    async def delete_device(self, request: web.Request) -> web.Response:
-        """`DELETE /devices/{device_id}`."""
-        parse_query(request, NoQuery)
-        device_id = request.match_info["device_id"]
-        return json_response({"device_id": device_id, "deleted": await self._gateway.delete_device(device_id)})
-
-    async def state_history(self, request: web.Request) -> web.StreamResponse:
+    async def state_history(self, request: web.Request, query: HistoryQuery) -> object:
         """`GET /state-history/{device_id}`."""
-        return await self._device_history(request, parse_query(request, HistoryQuery))
-
-    async def connection_history(self, request: web.Request) -> web.StreamResponse:
-        """`GET /device-connection-history/{device_id}`."""
-        return await self._device_history(request, parse_query(request, EventsQuery))
-
-    async def command_logs(self, request: web.Request) -> web.StreamResponse:
-        """`GET /command-logs`."""
-        return await self._send_rows(request, parse_query(request, CommandLogsQuery), self._store.newest_commands)
-
-    async def _device_history(self, request: web.Request, query: HistoryQuery) -> web.StreamResponse:
         device_id = (await self._gateway.registry.look_up(request.match_info["device_id"])).device_id
         read = functools.partial(self._store.history, query.table, device_id=device_id)
-        return await self._send_rows(request, query, read, device_id=device_id)
+        return await self._history(request, query, read, {"device_id": device_id})
 
-    async def command_log(self, request: web.Request) -> web.Response:
+    async def connection_history(self, request: web.Request, query: EventsQuery) -> object:
+        """`GET /device-connection-history/{device_id}`."""
+        return await self.state_history(request, query)
+
+    async def command_logs(self, request: web.Request, query: CommandLogsQuery) -> object:
+        """`GET /command-logs`."""
+        return await self._history(request, query, self._store.newest_commands, {})
+
+    async def _history(
+        self, request: web.Request, query: HistoryQuery | CommandLogsQuery, read: ReadRows, about: Row
+    ) -> object:
+        if query.format == "json":
+            return await json_history(query, read, about)
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
+        headers = {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
+        return await stream(request, web.StreamResponse(headers=headers), csv_history(query, read))
+
+    async def command_log(self, request: web.Request, query: NoQuery) -> object:
         """`GET /command-logs/{command_id}`."""
-        parse_query(request, NoQuery)
         command_id = request.match_info["command_id"]
         row = await self._store.command(command_id)
         if row is None:
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {command_id[:64]!r} was never given")
-        return json_response(row)
+        return row
 
-    # -- for other programs --------------------------------------------------------------------------------------------
-
-    async def _send_rows(
-        self,
-        request: web.Request,
-        query: HistoryQuery | CommandLogsQuery,
-        read: ReadRows,
-        **about: str,
-    ) -> web.StreamResponse:
-        """The rows of a history, newest first: JSON with what they are about, or CSV as it is read."""
-        if query.format == "json":
-            rows = await read(query.limit, **query.filters())
-            return history_response(query.rows_name, rows, query.limit, **about)
-        return await send_csv(request, query, read)
-
-    async def metrics(self, request: web.Request) -> web.Response:
+    async def metrics(self, request: web.Request, query: NoQuery) -> object:
         """`GET /metrics`."""
-        parse_query(request, NoQuery)
         content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
         return web.Response(body=prometheus_client.generate_latest(self._metrics), headers=content_type)
 
-    async def openapi(self, request: web.Request) -> web.Response:
+    async def openapi(self, request: web.Request, query: NoQuery) -> object:
         """`GET /openapi.json`."""
-        parse_query(request, NoQuery)
-        return json_response(openapi(self._table))
+        return openapi(self.routes)
 
 
 # ======================================================================================================================
@@ -4958,6 +4989,18 @@ class LeanTls(asyncio.sslproto.SSLProtocol):
 
     max_size = 16 * 1024  # a TLS record; asyncio would read 256 KiB at once, into a buffer for each connection
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """What asyncio calls first."""
+        super().connection_made(transport)
+        # As much as without TLS, of asyncio's 512 KiB. What lies below has 64 KiB at the most when it asks for more.
+        self._set_write_buffer_limits(128 << 10, 64 << 10)  # type: ignore[attr-defined]
+
+    def _get_write_buffer_size(self) -> int:
+        # asyncio forgets what is encrypted and not sent.
+        below: Any = self._transport
+        encrypted_bytes = below.get_write_buffer_size() if below is not None else 0
+        return int(super()._get_write_buffer_size() + encrypted_bytes)  # type: ignore[misc]
+
     def _wakeup_waiter(self, exc: BaseException | None = None) -> None:
         # A handshake that failed was closed by now. Its error would be kept in the frames of its own traceback, a
         # cycle that holds the connection's buffers until a full collection.
@@ -5056,12 +5099,13 @@ def build_app(settings: Settings) -> web.Application:
     """
     store = Store(settings)
     gateway = Gateway(settings, store)
-    rest = RestApi(settings, gateway, store)
-    app = web.Application(middlewares=[rest.guard], client_max_size=MAX_BODY_BYTES)
+    guard = Guard(settings, gateway.refused)
+    app = web.Application(middlewares=[guard.admit], client_max_size=MAX_BODY_BYTES)
     app[GATEWAY] = gateway
     app[STORE] = store
-    app.add_routes(rest.routes())
-    app.on_response_prepare.append(rest.dress)
+    for route in RestApi(settings, gateway, store).routes:
+        app.add_routes(route.definitions())
+    app.on_response_prepare.append(guard.dress)
 
     async def run_store(_: web.Application) -> AsyncIterator[None]:
         await store.open()
