@@ -1036,7 +1036,7 @@ class Database:
     """
 
     SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
-    MAX_ANSWER_BYTES = 2 << 20  # of rows: a question with more ends early, after the row that is over
+    MAX_ANSWER_BYTES = 1 << 20  # of rows: a question with more ends early, after the row that is over
 
     ROOM_NOTICE_S = 3600.0  # contract, section 7
 
@@ -3084,7 +3084,14 @@ class DeviceSocket(Connection):
         return self._socket
 
     async def send(self, frame: str) -> bool:
-        """See Connection. Never waits: what the board leaves unread is bounded."""
+        """See Connection."""
+        if not await self._send(frame):
+            return False
+        self._allowance += 2  # for the answer, of up to 2 KB: who does what it is told doesn't flood
+        return True
+
+    async def _send(self, frame: str) -> bool:
+        """Never waits: what the board leaves unread is bounded."""
         transport = self._request.transport
         if self._socket.closed or transport is None or transport.get_write_buffer_size() > self.UNREAD_LIMIT_BYTES:
             return False
@@ -3092,7 +3099,6 @@ class DeviceSocket(Connection):
             await self._socket.send_str(frame)
         except ConnectionError:
             return False
-        self._allowance += 2  # for the answer, of up to 2 KB: who does what it is told doesn't flood
         return True
 
     async def ping(self) -> None:
@@ -3203,7 +3209,7 @@ class DeviceSocket(Connection):
         self._gateway.refused[error.code.name] += 1
         log.warning("message_refused", device_id=self.device_id, error_code=error.code.name, error=text)
         reply = {"message_type": "error", "error_code": error.code.name, "error_message": text, "error": text}
-        await self.send(to_json(reply))
+        await self._send(to_json(reply))
 
 
 # ======================================================================================================================
@@ -4063,6 +4069,7 @@ async def read_body(request: web.Request) -> bytes:
     except TimeoutError:
         raise GatewayError(Code.REQUEST_TIMEOUT, f"the body didn't arrive within {BODY_TIMEOUT_S:g} s") from None
     except (ConnectionError, aiohttp.ClientError, HttpProcessingError) as error:
+        error.__traceback__ = None  # the reader keeps it, and it would keep what was read
         raise GatewayError(Code.INVALID_MESSAGE, f"the body ended early or is broken: {type(error).__name__}") from None
 
 
@@ -4239,7 +4246,7 @@ class Held:
     Over the limit those that hold most are let go; a board or a caller that gets on holds next to nothing.
     """
 
-    LIMIT_BYTES = 12 << 20  # headers take two and a half times as much once they are parsed
+    LIMIT_BYTES = 8 << 20  # headers take two and a half times as much once they are parsed
     LOOK_BYTES = 2 << 20  # of traffic between two looks, which take a millisecond with 4,000 connections
 
     def __init__(self, server: web.Server) -> None:
@@ -5044,11 +5051,22 @@ def let_in(server: web.Server, held: Held, limit: int) -> web.RequestHandler:
     )
 
 
+async def addresses_here(host: str) -> Sequence[str]:
+    """The addresses of a host that this machine has: `localhost` names ::1 also where IPv6 is off. Raises OSError."""
+    addresses = []
+    for family, _, _, _, address in await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM):
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.bind(address)
+            addresses.append(str(address[0]))
+    return addresses or [host]  # then listening on it says what is wrong
+
+
 async def listen(settings: Settings, server: web.Server, tls_options: Mapping[str, Any]) -> asyncio.Server:
     """Let connections in at the host's addresses; all of both families are one socket. Raises StartError."""
     limit = min(MAX_CONNECTIONS, raise_open_files_limit() - RESERVED_FILES)
-    where: dict[str, Any] = {"host": settings.host, "port": settings.port}
+    where: dict[str, Any] = {"port": settings.port}
     try:
+        where["host"] = await addresses_here(settings.host)
         if settings.host in ("0.0.0.0", "::"):
             has_ipv6 = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if has_ipv6 else socket.AF_INET

@@ -2959,6 +2959,21 @@ def connected_to(port: int) -> socket.socket:
     return connection
 
 
+@in_a_loop
+async def test_name_with_an_address_that_the_machine_lacks_is_served_on_the_others(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `localhost` on a machine with IPv6 off."""
+    found = [(family, 1, 6, "", (address, 0)) for family, address in ((2, "192.0.2.1"), (2, "127.0.0.1"))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    async with gateway_on(database, host="here.example") as client:
+        reader, writer = await asyncio.open_connection(sock=connected_to(client.port))
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(PATIENCE_S):
+            assert b" 200 " in await reader.readline()
+        writer.close()
+
+
 # ======================================================================================================================
 # Nothing lost: faults of the store
 # ======================================================================================================================
