@@ -3826,7 +3826,7 @@ function paintCommand(command) {
   }
   const [name, state, summary, answers] = command.parts, lines = Object.entries(row.response_data ?? {}).slice(0, 200)
     .map(([id, answer]) => `${id}: ${answer?.status} ${answer?.payload ? JSON.stringify(answer.payload) : ""}`);
-  say(name, `${row.command_name} → ${to ?? row.device_type.replace(/^\*$/, "all types")}`);
+  say(name, `${row.command_name} → ${to ?? row.device_type.replace(/^\*$/, "all boards")}`);
   say(state, words, className);
   say(summary, `${time} · details`);
   say(answers, [`payload ${JSON.stringify(row.payload)}`, ...lines].join("\n"));
@@ -4529,7 +4529,7 @@ class Metrics:
 
     FIGURES: ClassVar[Mapping[str, str]] = {
         "devices_online": "Devices that are online.",
-        "devices_total": "Devices that are known.",
+        "devices_known": "Devices that are known.",
         "connections": "WebSocket connections.",
         "open_commands": "Commands that wait for answers.",
         "uptime_seconds": "Since the start.",
@@ -4548,7 +4548,11 @@ class Metrics:
     def collect(self) -> Iterator[prometheus.Metric]:
         """What prometheus_client calls for an answer."""
         gateway, health = self._gateway, self._gateway.health()
-        values = health | {"connections": len(gateway.connections), "database_ok": health["status"] == "ok"}
+        values = health | {
+            "devices_known": len(gateway.registry),
+            "connections": len(gateway.connections),
+            "database_ok": health["status"] == "ok",
+        }
         for name, text in self.FIGURES.items():
             is_counter = name in ("rows_dropped", "rows_rejected")
             kind = prometheus.CounterMetricFamily if is_counter else prometheus.GaugeMetricFamily
@@ -5287,7 +5291,11 @@ class SimulatedBoard:
                     close_timeout=5,
                     proxy=None,
                 ) as socket_:
-                    await self._work(socket_)
+                    try:
+                        await self._work(socket_)
+                    except asyncio.CancelledError:
+                        await socket_.close()  # else it says 1011, internal error
+                        raise
                     socket_.transport.abort()  # a power cut has no close frame
             except (OSError, websockets.exceptions.WebSocketException) as error:
                 self._fleet.note_error(error)
@@ -5441,7 +5449,7 @@ class Fleet:
         for tick in itertools.count():
             up = f"boards up {sum(board.is_up for board in self._boards)}/{self.plan.devices}"
             counts = "  ".join(f"{name} {self.done[name]}" for name in ("messages", "acks", "errors"))
-            print(f"{begin}{tick * pause_s:5.0f} s  {up}  {counts}", end=end, file=sys.stderr, flush=True)
+            print(f"{begin}{int(tick * pause_s):5} s  {up}  {counts}", end=end, file=sys.stderr, flush=True)
             await asyncio.sleep(pause_s)
 
     def _print_table(self, worked_s: float, found: int) -> None:

