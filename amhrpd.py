@@ -1306,12 +1306,13 @@ class Backlog:
 
     def call_writer(self, within_s: float = 0.0) -> None:
         """Have the writer come within so many seconds."""
-        loop = asyncio.get_running_loop()
         if within_s <= 0:
             self.is_due.set()
-        elif not self.is_due.is_set() and (self._alarm is None or loop.time() + within_s < self._alarm.when()):
-            self.silence_alarm()
-            self._alarm = loop.call_later(within_s, self.is_due.set)
+        elif not self.is_due.is_set():
+            loop = asyncio.get_running_loop()
+            if self._alarm is None or loop.time() + within_s < self._alarm.when():
+                self.silence_alarm()
+                self._alarm = loop.call_later(within_s, self.is_due.set)
 
     def silence_alarm(self) -> None:
         """Leave no timer behind."""
@@ -2772,6 +2773,7 @@ class Gateway:
 
     HEARTBEAT_SAVE_INTERVAL_S = 60.0  # a device's last activity reaches the disk this often, and at its end
     STOP_TIMEOUT_S = 5.0  # for all boards to echo the close
+    MAX_FAST = 64  # at 500 KB each, if they turn to tiny frames
     LANE_PAUSE_S = 0.001  # between the turns of those that flood: for the others, and for the writer's thread
 
     def __init__(self, settings: Settings, store: Store) -> None:
@@ -2782,6 +2784,7 @@ class Gateway:
         self.events = Events()
         self.dispatch = Dispatch(settings, store, self.registry, self.events)
         self.is_stopping = False
+        self._fast: set[Connection] = set()
         self._lane = asyncio.Lock()  # for boards that flood, one at a time
         self.connections: set[Connection] = set()
         self.messages: Counter[type[BoardMessage]] = Counter()  # of boards, by type
@@ -2852,6 +2855,7 @@ class Gateway:
     def closed(self, connection: Connection, event: str, code: int | None, reason: str) -> None:
         """A connection is over; `event` is `disconnected` or `timeout`. Its device goes offline if it didn't by `end`."""
         self.connections.discard(connection)
+        self._fast.discard(connection)
         self._go_offline(connection, event, code, reason)
 
     def _go_offline(self, connection: Connection, event: str, code: int | None, reason: str) -> None:
@@ -2929,6 +2933,14 @@ class Gateway:
         record = {"device_id": device.device_id, "device_type": device.device_type, **device.alert}
         self.events.tell("alert", device.device_type, (device.device_id,), lambda: record)
         log.warning(f"device_{kind}", device_id=device.device_id, type=of_type, message=text, context=context)
+
+    def may_be_fast(self, connection: Connection, *, says_much: bool) -> bool:
+        """Whether a board that floods is read in large pieces. MAX_FAST may, and none that says next to nothing."""
+        if not says_much:
+            self._fast.discard(connection)
+        elif len(self._fast) < self.MAX_FAST:
+            self._fast.add(connection)
+        return connection in self._fast
 
     async def take_turn(self, device_id: str) -> None:
         """What a board that floods owes the others: its turn, and a disk that keeps up."""
@@ -3010,6 +3022,18 @@ class Gateway:
 
 
 NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
+
+
+READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB
+# Of tiny frames: the smallest has 6 bytes and takes 200 once it is read, so 1,000 boards that flood with them take 35 MB.
+READ_OF_TINY_BYTES = 1 << 10
+TINY_BYTES = 64  # less than any status of a real board
+
+
+def read_at_once(transport: asyncio.BaseTransport | None, size_bytes: int) -> None:
+    """Take so much of what waits on a connection; then the next one that sent something has its turn."""
+    with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
+        transport.max_size = size_bytes  # type: ignore[union-attr]
 
 
 def peer_of(request: web.BaseRequest) -> str:
@@ -3193,6 +3217,8 @@ class DeviceSocket(Connection):
             self._gateway.end(self, WSCloseCode.POLICY_VIOLATION, "said too much before it registered")
         self._allowance = max(self._allowance, -self.ALLOWANCE)
         transport = self._request.transport
+        is_fast = self._gateway.may_be_fast(self, says_much=size_bytes >= TINY_BYTES)
+        read_at_once(transport, READ_BYTES if is_fast else READ_OF_TINY_BYTES)
         if transport is None or not transport.is_reading():
             transport = None  # the library holds it up itself
         else:
@@ -4275,9 +4301,6 @@ class HttpConnection(web.RequestHandler):
 
     __slots__ = ("_answer_bytes", "_is_full", "_unfinished_bytes", "held")
 
-    READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB
-    READ_OF_BOARD_BYTES = 1 << 10  # the smallest frame has 6 bytes and takes 200: 1,000 that flood with them take 35 MB
-
     def __init__(self, server: web.Server, *, held: Held, is_full: bool, **options: Any) -> None:
         super().__init__(server, **options)
         self.held = held
@@ -4293,12 +4316,7 @@ class HttpConnection(web.RequestHandler):
             transport.close()
             return
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
-        self.read_at_once(self.READ_BYTES)
-
-    def read_at_once(self, size_bytes: int) -> None:
-        """Take so much of what waits; then the next one that sent something has its turn."""
-        with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
-            self.transport.max_size = size_bytes  # type: ignore[union-attr]
+        read_at_once(transport, READ_BYTES)
 
     @property
     def held_bytes(self) -> int:
@@ -4717,7 +4735,7 @@ class RestApi:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
         try:
             assert isinstance(request.protocol, HttpConnection)
-            request.protocol.read_at_once(HttpConnection.READ_OF_BOARD_BYTES)
+            read_at_once(request.transport, READ_OF_TINY_BYTES)
             return await DeviceSocket(self._gateway, self._settings, request, request.protocol.note_whole).serve()
         except (web.HTTPBadRequest, ValueError):
             raise GatewayError(
@@ -5048,7 +5066,7 @@ def let_in(server: web.Server, held: Held, limit: int) -> web.RequestHandler:
         access_log=None,  # none: the lines would cost more than the requests
         keepalive_timeout=KEEPALIVE_TIMEOUT_S,
         lingering_time=LINGERING_TIME_S,
-        read_bufsize=HttpConnection.READ_BYTES,
+        read_bufsize=READ_BYTES,
         max_line_size=MAX_LINE_BYTES,
         max_field_size=MAX_HEADER_BYTES,
         auto_decompress=False,
