@@ -1321,8 +1321,9 @@ class Backlog:
             self._alarm = None
 
     def _call_for_telemetry(self) -> None:
-        is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
-        self.call_writer(0.0 if is_congested else self._telemetry_due_s - time.monotonic())
+        if not self.is_due.is_set():
+            is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
+            self.call_writer(0.0 if is_congested else self._telemetry_due_s - time.monotonic())
 
     def know_device(self, device_id: str, device: Stored) -> None:
         """Remember a device whose row is in the file: a file that takes its place needs it, too."""
@@ -2393,7 +2394,7 @@ class Events:
         self._ring: deque[Event] = deque()
         self._ring_bytes = 0
         self._listeners: set[Listener] = set()
-        self._is_wanted_until_s = -math.inf
+        self._is_wanted_until_s: float | None = None  # nobody listens, nor did lately
         self._news = asyncio.Event()
         self._latest: dict[str, Callable[[], None] | None] = {}  # what was told just now, and what to tell of it next
         self._timer: asyncio.TimerHandle | None = None
@@ -2403,7 +2404,7 @@ class Events:
         """Something happened; `record` is asked for it where anybody listens. Where it tells the state `of` something that was
         told just now, it waits for REPEAT_S to be over, and the latest wins.
         """
-        if time.monotonic() > self._is_wanted_until_s:
+        if not self.is_wanted():
             return
         publish = functools.partial(self._publish, name, device_type, device_ids, record)
         if (key := f"{name} {of}") in self._latest:
@@ -2413,6 +2414,12 @@ class Events:
             self._latest[key] = None
             self._timer = self._timer or asyncio.get_running_loop().call_later(self.REPEAT_S, self._tell_latest)
         publish()
+
+    def is_wanted(self) -> bool:
+        """Whether somebody listens, or did lately."""
+        if self._is_wanted_until_s is not None and time.monotonic() > self._is_wanted_until_s:
+            self._is_wanted_until_s = None
+        return self._is_wanted_until_s is not None
 
     def _tell_latest(self) -> None:
         waiting = {key: publish for key, publish in self._latest.items() if publish is not None}
@@ -2444,7 +2451,7 @@ class Events:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
         if len(self._listeners) >= self.MAX_LISTENERS:
             raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.MAX_LISTENERS} listen already")
-        if time.monotonic() > self._is_wanted_until_s:  # nobody was told what happened meanwhile
+        if not self.is_wanted():  # nobody was told what happened meanwhile
             self._last += 1
             self._ring.clear()
             self._ring_bytes = 0
@@ -2878,9 +2885,10 @@ class Gateway:
             self.dispatch.fire_what_waits_for(device)
             if not isinstance(message, Registration):  # which says more, and is told of then
                 self._tell_of(device, "device", device.record)
+        now = utc_now()  # once a message: on some machines the clock takes longer than the rest
         match message:
             case Status():
-                self._record_status(device, message)
+                self._record_status(device, message, now)
             case Heartbeat():
                 connection.has_heartbeat = True
             case CommandAck():
@@ -2892,15 +2900,15 @@ class Gateway:
             case ErrorReport():
                 self._record_alert(device, "error", str(message.error_code), message.error_message, message.context)
         self.messages[type(message)] += 1
-        self.note_pong(connection)
+        self.note_activity(connection, now)
         connection.last_message_s = connection.heard_s
 
-    def note_pong(self, connection: Connection) -> None:
-        """Something came of a board, and be it a pong: that is activity."""
+    def note_activity(self, connection: Connection, now: datetime) -> None:
+        """Something came of a board, and be it a pong."""
         connection.heard_s = time.monotonic()
         connection.pinged_s = None
         if connection.device is not None:
-            connection.device.last_heartbeat = utc_now()
+            connection.device.last_heartbeat = now
             connection.device.unconfirmed = None
 
     def _register(self, device: Device, message: Registration) -> None:
@@ -2913,14 +2921,14 @@ class Gateway:
         self.registry.save(device)
         self._tell_of(device, "device", device.record)
 
-    def _record_status(self, device: Device, message: Status) -> None:
-        device.state, device.state_timestamp = to_json(message.payload), utc_now()
+    def _record_status(self, device: Device, message: Status, now: datetime) -> None:
+        device.state, device.state_timestamp = to_json(message.payload), now
         self.registry.keep_content(device)
         row = {
             "device_id": device.device_id,
             "device_type": device.device_type,
             "state_data": device.state,
-            "timestamp": stored_time(device.state_timestamp),
+            "timestamp": stored_time(now),
         }
         if not self._store.put_snapshot(row):
             log.warning("snapshots_dropped", device_id=device.device_id)
@@ -3183,7 +3191,7 @@ class DeviceSocket(Connection):
                 case WSMsgType.PING:
                     await self._socket.pong(frame.data)
                 case WSMsgType.PONG:
-                    self._gateway.note_pong(self)
+                    self._gateway.note_activity(self, utc_now())
                 case WSMsgType.CLOSE:
                     if self._farewell is None:
                         self._close_code = frame.data or NO_STATUS_RECEIVED
