@@ -71,7 +71,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, get_args
 
 import aiohttp
 import dataset
@@ -611,14 +611,18 @@ TABLES: Mapping[TableName, str] = {
 }
 COLUMNS = {table: {part.split()[0]: part.split()[1] for part in text.split(",")} for table, text in TABLES.items()}
 """Table -> column -> type."""
-SCHEMA = (
-    *(f"CREATE TABLE IF NOT EXISTS {table} ({columns})" for table, columns in TABLES.items()),
-    # Ordered by what happened last, with the timestamp aboard so that `since` and `until` are decided in the index.
-    "CREATE INDEX IF NOT EXISTS ix_amhrpd_snapshots ON device_state_snapshots (device_id, id, timestamp)",
-    "CREATE INDEX IF NOT EXISTS ix_amhrpd_events ON device_connection_logs (device_id, id, timestamp)",
-    "CREATE INDEX IF NOT EXISTS ix_amhrpd_commands_status ON command_logs (status)",
-    "CREATE INDEX IF NOT EXISTS ix_amhrpd_commands_type ON command_logs (device_type)",
-)
+# Each in the order of rowids (SQLite appends them), which is that of what happened last. What a time has to do with it is the
+# matter of `Survey`; an index by time would double what is written of a calm fleet's snapshots.
+INDEXES = {
+    "ix_amhrpd_snapshots": "device_state_snapshots (device_id, id, timestamp)",
+    "ix_amhrpd_events": "device_connection_logs (device_id, id, timestamp)",
+    "ix_amhrpd_events_event": "device_connection_logs (device_id, event)",
+    "ix_amhrpd_commands_status": "command_logs (status)",
+    "ix_amhrpd_commands_type": "command_logs (device_type)",
+    "ix_amhrpd_commands_type_status": "command_logs (device_type, status)",
+}
+LATER_INDEXES = ("ix_amhrpd_events_event", "ix_amhrpd_commands_type_status")
+"""Those that a start can do without: a large file gets them when nobody waits for it."""
 HISTORIES: Mapping[TableName, tuple[str, str]] = {
     "device_state_snapshots": ("timestamp", "true"),
     "device_connection_logs": ("timestamp", "true"),
@@ -628,14 +632,6 @@ HISTORIES: Mapping[TableName, tuple[str, str]] = {
 SCHEMA_VERSION = 1  # PRAGMA user_version; the earlier backend's files have 0
 
 IN_THE_FILE = "null"  # as a device's metadata: leave what the file has
-
-COMMAND_FILTERS = {
-    "status": "status = :status",
-    "device_type": "device_type = :device_type",
-    "since": "created_at >= :since",
-    "until": "created_at <= :until",
-    "before": "rowid < (SELECT rowid FROM command_logs WHERE command_id = :before)",
-}
 
 # What `command_logs.status` holds (contract, section 4; `pending`, before there is a row, has no value here) ...
 CREATED = "created"
@@ -1000,8 +996,14 @@ def load_commands(tables: Any) -> list[Row]:
     overdue: list[Row] = []
     room_bytes = RESTORED_BYTES
     for statuses, limit in ((OPEN_STATUSES, -1), ((ACK_TIMEOUT, ACK_ERROR), RESTORED_CLOSED_COMMANDS)):
-        newest = f"SELECT * FROM command_logs WHERE status IN {statuses} ORDER BY rowid DESC LIMIT {limit}"
-        for row in tables.query(newest, _step=1):
+        # One step into the index for each row, however many there are and whatever their status.
+        newest = [
+            f"SELECT * FROM (SELECT rowid FROM command_logs WHERE status = '{status}' ORDER BY rowid DESC LIMIT {limit})"
+            for status in statuses
+        ]
+        rowids = " UNION ALL ".join(newest)
+        question = f"SELECT * FROM command_logs WHERE rowid IN ({rowids}) ORDER BY rowid DESC LIMIT {limit}"
+        for row in tables.query(question, _step=1):
             command = restorable("command_logs", row)
             # Text may take four bytes a character, and the object some.
             room_bytes -= 4 * (len(command["payload"]) + len(command["response_data"] or "")) + 1000
@@ -1011,6 +1013,73 @@ def load_commands(tables: Any) -> list[Row]:
                 overdue.append({"command_id": command["command_id"], "status": ACK_TIMEOUT})
     tables["command_logs"].update_many(overdue, ["command_id"])
     return kept[::-1]
+
+
+# -- histories ---------------------------------------------------------------------------------------------------------
+
+
+class Zone(NamedTuple):
+    """Some rows of a history that follow each other: the rowid of the last, the earliest and the latest of their times."""
+
+    last: int
+    earliest: str
+    latest: str
+
+
+class Survey:
+    """When the rows of a history happened: where in it those of a time can be, however long it is and whatever the clock did.
+
+    It is made once after a start by reading the history from its beginning, and then follows it. `extend` and `ranges` may
+    be called in different threads, `extend` in one at a time.
+    """
+
+    ZONE_ROWS = 2048  # 5,000 zones and 1 MB of memory for ten million rows
+    ZONES_AT_ONCE = 10  # some 10 ms of reading
+    FIRST, LAST = -(2**63), 2**63 - 1  # of all rowids
+    ANY_TIME = ("", "~")  # before and after whatever a file has in place of a time
+
+    def __init__(self, table: TableName) -> None:
+        time, _ = HISTORIES[table]
+        some = f"SELECT rowid AS row, {time} AS time FROM {table} WHERE rowid > :row ORDER BY rowid LIMIT {self.ZONE_ROWS}"
+        earliest, latest = (f"iif(typeof(time) = 'text', time, '{other}')" for other in self.ANY_TIME)
+        self._next = (
+            f"SELECT max(row) AS last, min({earliest}) AS earliest, max({latest}) AS latest, count(*) AS n FROM ({some})"
+        )
+        self._row = f"SELECT rowid AS row, {time} AS time FROM {table} WHERE rowid = :row"
+        self._zones: list[Zone] = []
+        self._mark: Row | None = None  # the last row of the last zone
+
+    def extend(self, tables: Any) -> list[Row]:
+        """Look at the rows that come next, and return what was found; nothing where all have been looked at."""
+        if not self._is_true(tables):
+            self._zones, self._mark = [], None
+        found: list[Row] = []
+        while len(found) < self.ZONES_AT_ONCE:
+            (zone,) = tables.query(self._next, row=self._zones[-1].last if self._zones else self.FIRST)
+            if zone.pop("n") < self.ZONE_ROWS:
+                break
+            found.append(zone)
+            (self._mark,) = tables.query(self._row, row=zone["last"])
+            self._zones.append(Zone(**zone))
+        return found
+
+    def _is_true(self, tables: Any) -> bool:
+        """Whether it is about this table: SQLite gives a rowid again where the rows from there on were deleted."""
+        return self._mark is None or list(tables.query(self._row, row=self._mark["row"])) == [self._mark]
+
+    def ranges(self, tables: Any, since: str | None, until: str | None) -> Iterator[tuple[int, int]]:
+        """First and last rowid of each part that may have rows of a time, the newest first."""
+        zones = self._zones[:] if (since or until) and self._is_true(tables) else []
+        earliest, latest = since or self.ANY_TIME[0], until or self.ANY_TIME[1]
+        first, last = (zones[-1].last + 1 if zones else self.FIRST), self.LAST  # what has not been looked at yet
+        for number in range(len(zones) - 1, -1, -1):
+            zone = zones[number]
+            if zone.earliest <= latest and zone.latest >= earliest:
+                if first != zone.last + 1:
+                    yield first, last
+                    last = zone.last
+                first = zones[number - 1].last + 1 if number else self.FIRST
+        yield first, last
 
 
 # -- the database ------------------------------------------------------------------------------------------------------
@@ -1048,6 +1117,9 @@ class Database:
         self._dataset: Any = None
         self._upserts: dict[TableName, sqlite.Insert] = {}  # to make one takes longer than to execute it
         self._has_failed = False
+        self.is_indexing = False  # an index is being created, which holds up telemetry and nothing else
+        self.room: dict[str, int] = {}  # the size of the file and what is free beside it; nothing where nobody can tell
+        self._surveys = {table: Survey(table) for table in HISTORIES}
 
     @property
     def is_usable(self) -> bool:
@@ -1069,6 +1141,7 @@ class Database:
             self._connect()
             if not is_new:
                 return None
+            self._surveys = {table: Survey(table) for table in HISTORIES}
             with self._dataset as tables:
                 end_last_run(tables, online)
                 return Restored(load_devices(tables), load_commands(tables))
@@ -1103,27 +1176,64 @@ class Database:
         dialect: Any = self._dataset.executable.dialect
         dialect.ischema_names = dialect.ischema_names | {"JSON": sa.Text, "DATETIME": sa.Text}
         with self._dataset as tables:
-            for statement in SCHEMA:
-                tables.query(statement)
+            for table, columns in TABLES.items():
+                tables.query(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+            for index in INDEXES if not self.file.is_large else INDEXES.keys() - LATER_INDEXES:
+                tables.query(f"CREATE INDEX IF NOT EXISTS {index} ON {INDEXES[index]}")
             # Those the earlier backend's ORM made, one a column: no query uses them and each costs a page a commit.
             for row in list(tables.query("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'")):
                 if row["tbl_name"] in COLUMNS and row["name"].startswith(f"ix_{row['tbl_name']}_"):
                     log.info("index_dropped", index=row["name"])
                     tables.query(f'DROP INDEX "{row["name"]}"')
             tables.query(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self.look_at_room()
+
+    def create_missing_index(self, is_over: Callable[[], bool]) -> str | None:
+        """Create one of the indexes that the file lacks, if any: its name. Broken off when `is_over` says so.
+
+        SQLite locks the file from the begin to the end of it. Raises STORE_ERRORS.
+        """
+        self._check_place()
+        with self._dataset as tables:
+            found = {row["name"] for row in tables.query("SELECT name FROM sqlite_master WHERE type = 'index'")}
+            missing = next((name for name in INDEXES if name not in found), None)
+            if missing is not None:
+                connection = tables.executable.connection.dbapi_connection
+                connection.set_progress_handler(is_over, 10_000)
+                self.is_indexing = True
+                try:
+                    tables.query(f"CREATE INDEX {missing} ON {INDEXES[missing]}")
+                finally:
+                    self.is_indexing = False
+                    connection.set_progress_handler(None, 0)
+            return missing
+
+    def _check_place(self) -> None:
+        """Raise OSError where the file was deleted or replaced: who connects now would get the old log over the new file."""
+        if self._dataset is None:
+            raise sqlite3.OperationalError("the database is not open")
+        if not self.file.is_in_place():
+            self._has_failed = True
+            raise OSError(f"{self.file.path} was deleted or replaced")
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def commit(self, batch: Batch) -> None:
         """Write a batch in one transaction, all or nothing; the oldest rows make room where need be. Raises STORE_ERRORS."""
-        if not self.file.is_in_place():
-            self._has_failed = True
-            raise OSError(f"{self.file.path} was deleted or replaced")
+        self._check_place()
         self._make_room(batch)
         with self._transaction() as tables:
             for table, rows in batch.tables():
                 if rows:
                     self._write(tables, table, rows)
+        self.look_at_room()
+
+    def look_at_room(self) -> None:
+        """Look at the size of the file and at what is free beside it."""
+        self.room = {}
+        with contextlib.suppress(OSError):
+            free_bytes = shutil.disk_usage(self.file.path.parent).free
+            self.room = {"database_bytes": self.file.path.stat().st_size, "disk_free_bytes": free_bytes}
 
     def commit_row_by_row(self, batch: Batch) -> list[tuple[str, Row, str]]:
         """Write a batch but for the rows that the database refuses for what they are: table, row and reason of each.
@@ -1167,12 +1277,11 @@ class Database:
 
     def read(self, ask: Callable[[Any], Iterable[Row]], is_over: Callable[[], bool]) -> list[Row]:
         """What `ask` finds in the tables, up to MAX_ANSWER_BYTES. Broken off when `is_over` says so. Raises STORE_ERRORS."""
-        if (connected := self._dataset) is None:
-            raise sqlite3.OperationalError("the database is not open")
+        self._check_place()
         rows: list[Row] = []
         room_bytes = self.MAX_ANSWER_BYTES
         try:
-            with connected as tables:
+            with self._dataset as tables:
                 tables.executable.connection.dbapi_connection.set_progress_handler(is_over, 10_000)
                 for row in ask(tables):
                     rows.append(row)
@@ -1183,6 +1292,40 @@ class Database:
         except sa.exc.DatabaseError as error:
             self.file.is_doubted |= is_corruption(error)
             raise
+
+    def newest(
+        self,
+        tables: Any,
+        table: TableName,
+        limit: int,
+        since: str | None = None,
+        until: str | None = None,
+        before: int | str | None = None,
+        **equal: str,
+    ) -> Iterator[Row]:
+        """Rows of a history with these values, of a time and from before the row with a key, newest first.
+
+        That is in the order of rowids, which a clock that jumps can't disturb.
+        """
+        key, (time, _) = next(iter(COLUMNS[table])), HISTORIES[table]
+        conditions = [f"{name} = :{name}" for name in equal]
+        conditions += [f"{time} >= :since"] if since else []
+        conditions += [f"{time} <= :until"] if until else []
+        before_row = f"(SELECT rowid FROM {table} WHERE {key} = :before)" if key == "command_id" else ":before"
+        last = f"min(:last, {before_row} - 1)" if before else ":last"
+        wanted = " AND ".join([*conditions, f"rowid >= :first AND rowid <= {last}"])
+        question = f"SELECT * FROM {table} WHERE {wanted} ORDER BY rowid DESC LIMIT :limit"
+        values = {"since": since, "until": until, "before": before, **equal}
+        for first, last_row in self._surveys[table].ranges(tables, since, until):
+            for row in tables.query(question, _step=20, limit=limit, first=first, last=last_row, **values):
+                yield row
+                limit -= 1
+            if limit == 0:
+                break
+
+    def survey(self, table: TableName, tables: Any) -> list[Row]:
+        """See Survey's `extend`."""
+        return self._surveys[table].extend(tables)
 
     def close(self) -> None:
         """Write the write-ahead log into the file and close it. Raises STORE_ERRORS."""
@@ -1202,15 +1345,20 @@ class Database:
             return self._delete(tables, table, some, device_id=device_id)
 
     def delete_before(self, table: TableName, before: str, limit: int) -> int:
-        """Delete up to `limit` of a history's oldest rows, those from before a stored time: how many it were.
+        """Delete up to `limit` rows of a history that has been surveyed, those from before a stored time: how many it were.
 
-        Rows that a clock gone wrong has put out of order hide no more than the 10,000 oldest. Raises STORE_ERRORS.
+        Raises STORE_ERRORS.
         """
         with self._transaction() as tables:
             time, may_go = HISTORIES[table]
-            oldest = f"SELECT rowid, {time} AS time FROM {table} WHERE {may_go} ORDER BY rowid LIMIT 10000"
-            old = f"SELECT rowid FROM ({oldest}) WHERE time < :before LIMIT {limit}"
-            return self._delete(tables, table, old, before=before)
+            count = 0
+            for first, last in reversed(list(self._surveys[table].ranges(tables, None, before))):
+                part = f"SELECT rowid FROM {table} WHERE rowid >= {first} AND rowid <= {last}"
+                old = f"{part} AND {time} < :before AND {may_go} LIMIT {limit - count}"
+                count += self._delete(tables, table, old, before=before)
+                if count == limit:
+                    break
+            return count
 
     def _delete(self, tables: Any, table: TableName, which: str, **values: Any) -> int:
         return int(tables.executable.execute(sa.text(f"DELETE FROM {table} WHERE rowid IN ({which})"), values).rowcount)
@@ -1295,6 +1443,7 @@ class Backlog:
         self._events: list[Row] = []
         self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
         self._waiting: list[asyncio.Future[None]] = []  # for the others: devices, commands, events
+        self._is_joined = False  # somebody waits, for either
         self._snapshot_bytes = 0  # of those that wait or are in flight
         self._shares: Counter[str] = Counter()  # the same for each device that has any
 
@@ -1303,6 +1452,13 @@ class Backlog:
         """How many rows are not in the file yet."""
         waiting = len(self._devices) + len(self._commands) + len(self._events) + len(self._snapshots)
         return waiting + len(self.in_flight)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits for what is queued, or it gets much."""
+        is_taken_awaited = bool(self.in_flight.commands or self.in_flight.waiting)
+        is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
+        return bool(self._commands) or self._is_joined or is_taken_awaited or is_congested
 
     def call_writer(self, within_s: float = 0.0) -> None:
         """Have the writer come within so many seconds."""
@@ -1392,6 +1548,7 @@ class Backlog:
         """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         (self._snapshots if behind_snapshots else self._waiting).append(written)
+        self._is_joined = True
         self.call_writer()
         return written
 
@@ -1415,6 +1572,7 @@ class Backlog:
         self.silence_alarm()
         if not self._snapshots:  # a backlog goes on at once
             self.is_due.clear()
+            self._is_joined = False
         self._telemetry_due_s = time.monotonic() + self._commit_interval_s
         self.in_flight = batch
         return batch
@@ -1496,8 +1654,10 @@ class Writer(Backlog):
     RETRY_S = 0.5  # after a batch that failed twice
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
     READ_TIMEOUT_S = 20.0  # contract, section 6
-    DELETED_AT_ONCE = 500  # rows: some milliseconds
+    DELETED_AT_ONCE = 50  # rows: of many devices, so each costs a page of an index; 500 tripled a command's p99
     TIDY_INTERVAL_S = 3600.0
+    SURVEY_INTERVAL_S = 60.0  # as many rows come meanwhile as a question about a time may have to look at in vain
+    INDEX_RETRY_S = 600.0  # until it finds a quiet moment that is long enough
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.commit_interval_s)
@@ -1532,7 +1692,7 @@ class Writer(Backlog):
             log.error("database_open_failed", reason=cause_of(error))
             self.call_writer()
         works = [self._write_forever()]
-        works += [self._tidy_forever()] if self._settings.keep_days else []
+        works += [self._look_after_file()]
         works += [self._check()] if self._database.file.is_large else []
         self._tasks = [asyncio.create_task(work) for work in works]
 
@@ -1648,19 +1808,55 @@ class Writer(Backlog):
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
         return {"snapshots": deleted["device_state_snapshots"], "events": deleted["device_connection_logs"]}
 
-    async def _tidy_forever(self) -> None:
-        """Delete what is older than `keep_days`, in steps between batches."""
-        limit = self.DELETED_AT_ONCE
+    async def _look_after_file(self) -> None:
+        """Follow the histories with their surveys, create what indexes are missing, delete what is older than `keep_days`."""
+        tidied_s = index_tried_s = -math.inf
         while True:
-            before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
+            now_s = time.monotonic()
             try:
+                await self._in_writer(self._database.look_at_room)
                 for table in HISTORIES:
-                    while await self._in_writer(self._database.delete_before, table, before, limit) == limit:
-                        await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
+                    await self._survey(table)
+                if now_s - index_tried_s >= self.INDEX_RETRY_S:
+                    index_tried_s = now_s
+                    await self._create_missing_indexes()
+                if self._settings.keep_days and now_s - tidied_s >= self.TIDY_INTERVAL_S:
+                    tidied_s = now_s
+                    await self._tidy()
             except STORE_ERRORS as error:
-                log.warning("old_rows_not_deleted", reason=cause_of(error))
-                self.call_writer()
-            await asyncio.sleep(self.TIDY_INTERVAL_S)
+                log.warning("file_not_looked_after", reason=cause_of(error))
+                if not self._database.is_usable:
+                    self.call_writer()
+            await asyncio.sleep(min(self.SURVEY_INTERVAL_S, self.TIDY_INTERVAL_S))
+
+    async def _survey(self, table: TableName) -> None:
+        is_behind = True
+        while is_behind:
+            async with asyncio.timeout(self.READ_TIMEOUT_S):
+                is_behind = bool(await self._reader.ask(functools.partial(self._database.survey, table)))
+            if is_behind:
+                await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
+
+    async def _create_missing_indexes(self) -> None:
+        """Telemetry waits in memory meanwhile. What somebody waits for ends it, and it is begun anew another time."""
+        try:
+            while name := await self._in_writer(self._database.create_missing_index, self._gives_way):
+                log.info("index_created", index=name)
+        except sa.exc.OperationalError as error:
+            if sqlite_code(error) != sqlite3.SQLITE_INTERRUPT:
+                raise
+            log.debug("index_postponed", retry_s=self.INDEX_RETRY_S)
+
+    def _gives_way(self) -> bool:
+        return self.is_awaited or self._deadline_s < math.inf
+
+    async def _tidy(self) -> None:
+        """Delete what is older than `keep_days`, in steps between batches."""
+        before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
+        for table in HISTORIES:
+            limit = self.DELETED_AT_ONCE
+            while await self._in_writer(self._database.delete_before, table, before, limit) == limit:
+                await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
 
     async def _check(self) -> None:
         is_over = threading.Event()
@@ -1684,23 +1880,21 @@ class Writer(Backlog):
         stalled_s = 0.0 if self._writing_since_s is None else time.monotonic() - self._writing_since_s
         if not self.is_writer_alive:
             reason = "the writer has died"
-        elif reason is None and stalled_s > self.STALLED_S:
+        elif reason is None and stalled_s > self.STALLED_S and not self._database.is_indexing:
             reason = f"a write has been waiting for the disk for {stalled_s:.0f} s"
         return StoreHealth(reason, self._database.notice, self.rows_waiting, self.rows_dropped, self._rows_rejected)
 
     def room(self) -> dict[str, int]:
         """The size of the file and what is free beside it, in bytes; nothing where nobody can tell."""
-        path = self._database.file.path
-        try:
-            return {"database_bytes": path.stat().st_size, "disk_free_bytes": shutil.disk_usage(path.parent).free}
-        except OSError:
-            return {}
+        return self._database.room
 
     # -- closing -------------------------------------------------------------------------------------------------------
 
     async def close(self, timeout_s: float) -> bool:
         """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
         self._deadline_s = time.monotonic() + timeout_s
+        for task in self._tasks[1:]:
+            task.cancel()
         is_clean = self.is_writer_alive
         self.call_writer()
         try:
@@ -1732,19 +1926,12 @@ class Store(Writer):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._reads_waiting = 0
+        self._reads: set[asyncio.Timeout] = set()  # those under way
+        self._is_ending = False
 
     async def history(self, table: TableName, limit: int, **wanted: Any) -> list[Row]:
-        """Rows of a history by dataset's `find`, newest first, ready to encode. Raises GatewayError, see `_read`."""
-        return await self._read(table, lambda tables: tables[table].find(order_by="-id", _limit=limit, _step=20, **wanted))
-
-    async def newest_commands(self, limit: int, **wanted: str | None) -> list[Row]:
-        """Command rows that match COMMAND_FILTERS, newest first, ready to encode: in the order of SQLite's rowid, which a clock
-        that jumps can't disturb and for which `find` has no word. Raises GatewayError, see `_read`.
-        """
-        conditions = " AND ".join(COMMAND_FILTERS[name] for name in wanted) or "true"
-        question = f"SELECT * FROM command_logs WHERE {conditions} ORDER BY rowid DESC LIMIT :limit"
-        return await self._read("command_logs", lambda tables: tables.query(question, limit=limit, _step=20, **wanted))
+        """Rows of a history, ready to encode: see Database's `newest`. Raises GatewayError, see `_read`."""
+        return await self._read(table, lambda tables: self._database.newest(tables, table, limit, **wanted))
 
     async def command(self, command_id: str) -> Row | None:
         """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
@@ -1756,28 +1943,37 @@ class Store(Writer):
         rows = await self._read("devices", lambda tables: tables["devices"].find(device_id=device_id))
         return rows[0] if rows else None
 
+    def end_reads(self) -> None:
+        """Before a stop: break off what is read, and read no more."""
+        self._is_ending = True
+        for time_left in [time_left for time_left in self._reads if not time_left.expired()]:
+            time_left.reschedule(asyncio.get_running_loop().time())
+
     async def _read(self, table: TableName, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
         """Ask for rows of a table in a reader's thread, after all that was put so far is in the file.
 
-        Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already.
+        Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already, STOPPING.
         """
-        if self._reads_waiting >= self.READS_WAITING:
+        if len(self._reads) >= self.READS_WAITING:
             raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.READS_WAITING} queries are waiting already")
         show = functools.partial(restorable if table == "devices" else presentable, table)
-        self._reads_waiting += 1
+        time_left = asyncio.timeout(0.0 if self._is_ending else self.READ_TIMEOUT_S)
+        self._reads.add(time_left)
         try:
-            async with asyncio.timeout(self.READ_TIMEOUT_S):
+            async with time_left:
                 if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
                     raise GatewayError(Code.STORE_UNAVAILABLE, self._failure or "the database is too slow at the moment")
                 return await self._reader.ask(lambda tables: map(show, ask(tables)))
         except TimeoutError:
+            if self._is_ending:
+                raise GatewayError(Code.STOPPING, "the gateway is going down") from None
             raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
         except STORE_ERRORS as error:
             if not self._database.is_usable:
                 self.call_writer()
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
         finally:
-            self._reads_waiting -= 1
+            self._reads.discard(time_left)
 
 
 # ======================================================================================================================
@@ -2820,6 +3016,7 @@ class Gateway:
         Acknowledgements that arrive before a board's echo still count. Bounded by STOP_TIMEOUT_S.
         """
         self.is_stopping = True
+        self._store.end_reads()
         await self.dispatch.stop()
         for connection in list(self.connections):
             self.end(connection, WSCloseCode.GOING_AWAY, "the gateway stops")
@@ -4025,10 +4222,9 @@ class HistoryQuery(RangeQuery, kw_only=True):
     before_id: Annotated[RowId | None, msgspec.Meta(description="only rows before the one with this id")] = None
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
-        """The rows that are wanted, after `last` where that is known, in the words of dataset's `find`."""
-        before_id = self.before_id if last is None else last["id"]
-        times = {op: stored_time(time) for op, time in ((">=", self.since), ("<=", self.until)) if time is not None}
-        return ({"timestamp": times} if times else {}) | ({"id": {"<": before_id}} if before_id else {})
+        """The rows that are wanted, after `last` where that is known, in the words of Store's `history`."""
+        before = self.before_id if last is None else last["id"]
+        return {"since": stored_time(self.since), "until": stored_time(self.until), "before": before}
 
     def goes_on(self, last: Row) -> Row:
         """The parameter that asks for what comes after `last`."""
@@ -4058,7 +4254,7 @@ class CommandLogsQuery(RangeQuery, kw_only=True):
     device_type: str | None = None
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
-        """See HistoryQuery; in the words of COMMAND_FILTERS."""
+        """See HistoryQuery."""
         wanted = {
             "status": self.status,
             "device_type": self.device_type,
@@ -4307,7 +4503,7 @@ class Held:
 class HttpConnection(web.RequestHandler):
     """A caller's or a board's connection: what it may hold, and errors of the one shape also for what is no HTTP."""
 
-    __slots__ = ("_answer_bytes", "_is_full", "_unfinished_bytes", "held")
+    __slots__ = ("_answer_bytes", "_asking", "_is_full", "_unfinished_bytes", "held")
 
     def __init__(self, server: web.Server, *, held: Held, is_full: bool, **options: Any) -> None:
         super().__init__(server, **options)
@@ -4315,6 +4511,22 @@ class HttpConnection(web.RequestHandler):
         self._is_full = is_full
         self._unfinished_bytes = 0
         self._answer_bytes = 0  # of one that is going out
+        self._asking: asyncio.Task[Any] | None = None
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """While this lasts, the task is for this caller alone: it is cancelled when the caller goes."""
+        self._asking = asyncio.current_task()
+        try:
+            yield
+        finally:
+            self._asking = None
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        """What asyncio calls at the end."""
+        super().connection_lost(error)
+        if self._asking is not None:
+            self._asking.cancel()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """What asyncio calls first. The kernel drops the connection when its peer takes nothing for UNREAD_TIMEOUT_S."""
@@ -4806,16 +5018,18 @@ class RestApi:
 
     async def command_logs(self, request: web.Request, query: CommandLogsQuery) -> object:
         """`GET /command-logs`."""
-        return await self._history(request, query, self._store.newest_commands, {})
+        return await self._history(request, query, functools.partial(self._store.history, query.table), {})
 
     async def _history(
         self, request: web.Request, query: HistoryQuery | CommandLogsQuery, read: ReadRows, about: Row
     ) -> object:
-        if query.format == "json":
-            return await json_history(query, read, about)
         name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
         headers = {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
-        return await stream(request, web.StreamResponse(headers=headers), csv_history(query, read))
+        assert isinstance(request.protocol, HttpConnection)
+        with request.protocol.asking():
+            if query.format == "json":
+                return await json_history(query, read, about)
+            return await stream(request, web.StreamResponse(headers=headers), csv_history(query, read))
 
     async def command_log(self, request: web.Request, query: NoQuery) -> object:
         """`GET /command-logs/{command_id}`."""

@@ -1846,7 +1846,7 @@ async def test_download_that_cannot_go_on_is_cut_off_visibly(database: Path, mon
         read = client.store.history
 
         async def failing_read(table: Any, limit: int, **wanted: Any) -> list[amhrpd.Row]:
-            if "id" in wanted:
+            if wanted["before"]:
                 raise amhrpd.GatewayError(amhrpd.Code.STORE_UNAVAILABLE, "gone")
             return await read(table, limit, **wanted)
 
@@ -2195,24 +2195,209 @@ async def test_every_query_goes_by_an_index_and_every_index_has_a_query(database
             await client.get("/command-logs/x", 404)
             all_statements.clear()
             await client.get("/state-history/a?since=2026-01-01&until=2027-01-01&before_id=9")
-            await client.get("/device-connection-history/a?since=2026-01-01&event=connected")
+            await client.get("/device-connection-history/a?since=2026-01-01")
+            await client.get("/device-connection-history/a?since=2026-01-01&event=connected&before_id=9")
             await client.get("/command-logs")
-            await client.get("/command-logs?status=sent")
+            await client.get("/command-logs?until=2026-01-01")
+            await client.get("/command-logs?status=sent&since=2026-01-01")
             await client.get("/command-logs?device_type=ESP32")
-            await client.get("/command-logs?status=sent&device_type=ESP32")
+            await client.get("/command-logs?status=sent&device_type=ESP32&since=2026-01-01")
             await client.get("/command-logs/x", 404)
         statements = [statement.sql for statement in all_statements if statement.sql.lstrip().upper().startswith("SELECT")]
-        assert len(statements) == 7
+        background = ("sqlite_master", "AS earliest", "AS row,")
+        statements = [sql for sql in statements if not any(part in sql for part in background)]
+        assert len(statements) == 9
         used = ""
         for statement in statements:
             plan = " / ".join(row[3] for row in client.rows("EXPLAIN QUERY PLAN " + statement.replace("?", "1")))
             assert "TEMP B-TREE" not in plan, (statement, plan)
-            # The newest of all commands are read from the table's end.
-            assert "USING" in plan or plan == "SCAN command_logs", (statement, plan)
+            assert "USING" in plan and "SCAN" not in plan, (statement, plan)
             used += plan
         ours = [name for (name,) in client.rows("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")]
-        assert len(ours) == 4
+        assert len(ours) == 6
         assert [name for name in ours if name not in used] == []
+
+
+@in_a_loop
+async def test_times_find_their_rows_whatever_the_clock_did(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a file that others wrote, behind rows of one more run, and where ids are given again."""
+    monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 5)
+    monkeypatch.setattr(amhrpd.Survey, "ZONES_AT_ONCE", 3)
+    monkeypatch.setattr(amhrpd.Store, "SURVEY_INTERVAL_S", 0.02)
+    chance = random.Random(3)
+    moment = datetime(2026, 5, 1, 0, 0, 0, 500_000)
+    await fill(database, 1)
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("INSERT INTO devices SELECT 'b', 'ESP32', 0, NULL, connected_at, NULL, '{}' FROM devices")
+        for number in range(300):
+            moment += timedelta(hours=chance.choice([1] * 20 + [-200, 300]))
+            time = chance.choice([str(moment)] * 30 + ["", 5.5, b"2026", "never"])
+            device_id = "b" if number > 280 else chance.choice("ab")
+            event, status = chance.choice(["connected", "timeout"]), chance.choice(["ack_success", "ack_error"])
+            db.execute("INSERT INTO device_state_snapshots VALUES (NULL,?,'x','{}',?)", (device_id, time))
+            db.execute("INSERT INTO device_connection_logs VALUES (NULL,?,'x',?,?,NULL)", (device_id, event, time))
+            command = (str(number), device_id, status, time)
+            db.execute("INSERT INTO command_logs VALUES (?,?,'x','{}',?,?,NULL,NULL,NULL,1,0)", command)
+
+    async def compare(client: Client) -> None:
+        """What is answered with what a look at every row finds."""
+        start = datetime(2026, 4, 20)
+        for _ in range(60):
+            times = {
+                name: str(start + timedelta(hours=chance.randrange(1200)) * chance.choice([0, 1, 1]))
+                for name in ("since", "until")
+            }
+            wanted = dict(chance.sample(sorted(times.items()), chance.randrange(3))) | {"limit": str(chance.choice([3, 1000]))}
+            table: amhrpd.TableName
+            histories: list[tuple[amhrpd.TableName, str, str, tuple[str, ...]]] = [
+                ("device_state_snapshots", "timestamp", "/state-history/{}", ()),
+                ("device_connection_logs", "timestamp", "/device-connection-history/{}", ("event",)),
+                ("command_logs", "created_at", "/command-logs", ("status", "device_type")),
+            ]
+            table, time, path, others = chance.choice(histories)
+            values = {"event": "timeout", "status": "ack_error", "device_type": "a"}
+            wanted |= {name: values[name] for name in others if chance.random() < 0.5}
+            conditions = {"since": f"{time} >= :since", "until": f"{time} <= :until", "limit": "true"}
+            device_id = chance.choice("ac" if client.rows("SELECT 1 FROM devices WHERE device_id = 'c'") else "ab")
+            if table != "command_logs":
+                conditions["device_id"] = "device_id = :device_id"
+                wanted |= {"before_id": "200"} if chance.random() < 0.3 else {}
+                conditions["before_id"] = "id < CAST(:before_id AS INTEGER)"
+            answer = await client.get(path.format(device_id), params=wanted)
+            bound = wanted | ({"device_id": device_id} if table != "command_logs" else {})
+            where = " AND ".join(conditions.get(name, f"{name} = :{name}") for name in bound)
+            key = next(iter(amhrpd.COLUMNS[table]))
+            sql = f"SELECT {key} FROM {table} NOT INDEXED WHERE {where} ORDER BY rowid DESC LIMIT CAST(:limit AS INTEGER)"
+            with contextlib.closing(sqlite3.connect(database)) as db:
+                expected = [found for (found,) in db.execute(sql, bound)]
+            (rows,) = (rows for rows in answer.values() if isinstance(rows, list))
+            assert [row[key] for row in rows] == expected, (sql, bound)
+
+    async with gateway_on(database) as client:
+        await compare(client)
+        await asyncio.sleep(0.2)
+        await compare(client)
+        await client.ask("DELETE", "/devices/b")
+        monkeypatch.setattr(amhrpd, "utc_now", lambda: datetime(2026, 4, 25))
+        async with client.board("c") as board:
+            for number in range(30):
+                await say(board, "status", payload={"n": number})
+            await eventually(lambda: state_is(client, "c", {"n": 29}))
+            states = (await client.get("/state-history/c?until=2026-04-26"))["states"]
+            assert len(states) == 30
+            assert states[-1]["id"] < 300
+            await compare(client)
+            await asyncio.sleep(0.2)
+            await compare(client)
+
+
+LONG = 200_000  # rows
+
+
+def make_long_database(path: Path) -> None:
+    """A file that has a history of each kind, of two boards of which one is quiet, and lacks what it gets in the background."""
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for table, columns in amhrpd.TABLES.items():
+            db.execute(f"CREATE TABLE {table} ({columns})")
+        for index in amhrpd.INDEXES.keys() - amhrpd.LATER_INDEXES:
+            db.execute(f"CREATE INDEX {index} ON {amhrpd.INDEXES[index]}")
+        t = "2026-01-01 00:00:00.000000"
+        db.executemany("INSERT INTO devices VALUES (?,'ESP32',0,?,?,?,'{}')", [(name, t, t, t) for name in ("busy", "quiet")])
+        numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {LONG})"
+        time = "strftime('%Y-%m-%d %H:%M:%f000', 1.75e9 + i, 'unixepoch')"
+        of_type = "iif(i % 2, 'A', 'B'), 'x', '{}', iif(i % 2, 'ack_success', 'ack_error')"
+        db.execute(f"{numbers} INSERT INTO device_state_snapshots SELECT i, 'busy', 'ESP32', '{{}}', {time} FROM n")
+        db.execute(f"{numbers} INSERT INTO device_connection_logs SELECT i, 'busy', 'x', 'connected', {time}, NULL FROM n")
+        db.execute(f"{numbers} INSERT INTO command_logs SELECT i, {of_type}, {time}, NULL, NULL, NULL, 1, 1 FROM n")
+
+
+@in_a_loop
+async def test_no_question_takes_longer_for_a_long_history(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a file of the first version has its indexes when nobody has waited for it for a while."""
+    make_long_database(database)
+    monkeypatch.setattr(amhrpd.Store, "SURVEY_INTERVAL_S", 0.01)
+    monkeypatch.setattr(amhrpd.Store, "INDEX_RETRY_S", 0.01)
+
+    def missing() -> set[str]:
+        found = {name for (name,) in rows_of(database, "SELECT name FROM sqlite_master WHERE type = 'index'")}
+        return amhrpd.INDEXES.keys() - found
+
+    with logged() as events:
+        async with gateway_on(database) as client:
+            assert missing() == set(amhrpd.LATER_INDEXES)
+            while not named(events, "index_postponed"):
+                answer = await client.post("/command?device_type=none&command_name=x")
+                assert "persisted" not in answer
+                assert missing()
+            await eventually(lambda: not missing())
+            for path in (
+                "/command-logs?status=ack_success&device_type=B",
+                "/command-logs?until=2020-01-01",
+                "/command-logs?since=2030-01-01&status=ack_error",
+                "/command-logs?since=2025-06-16&until=2025-06-16T00:00:01&device_type=C",
+                "/state-history/busy?until=2020-01-01",
+                "/state-history/busy?since=2030-01-01&before_id=200000",
+                "/state-history/quiet?since=2020-01-01",
+                "/device-connection-history/busy?event=timeout",
+                "/device-connection-history/busy?event=disconnected&until=2026-01-01",
+            ):
+                times_s = []
+                for _ in range(5):
+                    began_s = time.perf_counter()
+                    assert (await client.get(path))["total"] == 0
+                    times_s.append(time.perf_counter() - began_s)
+                assert min(times_s) < 0.01, path
+
+
+@contextlib.contextmanager
+def endless(database: Path, table: amhrpd.TableName) -> Iterator[None]:
+    """Who asks for a table's rows has to wait for hours: there is a view in its place."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+        columns = ", ".join(f"a.i + b.i + c.i + d.i AS {name}" for name in ["rowid", *amhrpd.COLUMNS[table]])
+        db.execute(f"ALTER TABLE {table} RENAME TO kept")
+        many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 1000)"
+        db.execute(f"CREATE VIEW {table} AS {many} SELECT {columns} FROM n a, n b, n c, n d")
+        yield
+        db.execute(f"DROP VIEW {table}")
+        db.execute(f"ALTER TABLE kept RENAME TO {table}")
+
+
+@in_a_loop
+async def test_question_that_nobody_waits_for_any_more_is_broken_off(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its caller went, its time is over, or the gateway stops."""
+    await fill(database, 3)
+    path = "/command-logs?device_type=x"
+    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    with executed() as statements:
+
+        def asked(what: str = "device_type = ?") -> int:
+            return sum("command_logs" in statement.sql and what in statement.sql for statement in statements)
+
+        async with gateway_on(database) as client:
+            await eventually(lambda: asked("earliest"))  # what is looked at once, has been
+            await client.get("/command-logs")
+            with endless(database, "command_logs"):
+                callers = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(amhrpd.Reader.THREADS)]
+                for _, writer in callers:
+                    writer.write(request)
+                await eventually(lambda: asked() == amhrpd.Reader.THREADS)
+                for _, writer in callers:
+                    writer.transport.abort()
+                async with asyncio.timeout(5):
+                    assert (await client.get("/state-history/a"))["total"] == 3
+                with monkeypatch.context() as patch:
+                    patch.setattr(amhrpd.Store, "READ_TIMEOUT_S", 0.3)
+                    answers = await asyncio.gather(*(client.get(path, 503) for _ in range(amhrpd.Reader.THREADS)))
+                    assert {answer["error_code"] for answer in answers} == {"STORE_UNAVAILABLE"}
+                    assert (await client.get("/state-history/a"))["total"] == 3
+                assert asked() == 2 * amhrpd.Reader.THREADS
+                reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+                writer.write(request)
+                await eventually(lambda: asked() == 2 * amhrpd.Reader.THREADS + 1)
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < 2
+        assert b"STOPPING" in await reader.read()
+        writer.close()
 
 
 @in_a_loop
@@ -3615,9 +3800,10 @@ async def test_start_takes_no_more_memory_than_the_run_before_it(database: Path)
 async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 10)
     monkeypatch.setattr(amhrpd.Store, "TIDY_INTERVAL_S", 0.1)
+    monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 20)
     await fill(database, 5)
     old, young = (str(amhrpd.utc_now() - timedelta(days=days)) for days in (8, 6))
-    snapshots = [(number, time) for number, time in [(-200, "2036-01-01"), *((n, old) for n in range(-199, -50)), (-1, young)]]
+    snapshots = [(-200, "2036-01-01"), *((n, old) for n in range(-199, -50)), *((n, young) for n in range(-50, -10)), (-1, old)]
     with contextlib.closing(sqlite3.connect(database)) as db, db:
         db.executemany("INSERT INTO device_state_snapshots VALUES (?,'a','ESP32','{}',?)", snapshots)
         db.executemany("INSERT INTO device_connection_logs VALUES (?,'a','ESP32','timeout',?,NULL)", snapshots)
@@ -3625,10 +3811,14 @@ async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypat
         db.executemany("INSERT INTO command_logs VALUES (?,'x','x','{}',?,?,NULL,NULL,NULL,1,0)", commands)
     async with gateway_on(database) as client:
         await client.get("/state-history/a")
-        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(156,)]  # for ever is the default
+        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(196,)]  # for ever is the default
     async with gateway_on(database, keep_days=7, command_timeout_s=300) as client:
-        await eventually(lambda: client.rows("SELECT min(id) FROM device_connection_logs WHERE id > -200") == [(-1,)])
-        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(7,)]
+        await eventually(
+            lambda: (
+                client.rows("SELECT min(id), max(id) FROM device_connection_logs WHERE id BETWEEN -199 AND -1") == [(-50, -11)]
+            )
+        )
+        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(46,)]
         await eventually(lambda: client.rows("SELECT command_id FROM command_logs ORDER BY 1") == [("old",), ("young",)])
 
 
