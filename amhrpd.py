@@ -1229,11 +1229,13 @@ class Database:
         self.look_at_room()
 
     def look_at_room(self) -> None:
-        """Look at the size of the file and at what is free beside it."""
-        self.room = {}
+        """Look at the size of the file with its log, and at what is free beside it."""
+        room = {}
         with contextlib.suppress(OSError):
-            free_bytes = shutil.disk_usage(self.file.path.parent).free
-            self.room = {"database_bytes": self.file.path.stat().st_size, "disk_free_bytes": free_bytes}
+            room["disk_free_bytes"] = shutil.disk_usage(self.file.path.parent).free
+            room["database_bytes"] = self.file.path.stat().st_size
+            room["database_bytes"] += self.file.beside("-wal").stat().st_size
+        self.room = room
 
     def commit_row_by_row(self, batch: Batch) -> list[tuple[str, Row, str]]:
         """Write a batch but for the rows that the database refuses for what they are: table, row and reason of each.
