@@ -2489,7 +2489,7 @@ class Commands:
 
     MAX_OPEN = 5000
     MAX_CLOSED = 2000
-    MAX_CONTENT_BYTES = 16 << 20  # of those that are open and of the others: 1,000 of the largest payloads
+    MAX_CONTENT_BYTES = 8 << 20  # of those that are open and of the others: 1,000 of the largest payloads
 
     def __init__(self) -> None:
         self.open: Bounded[Command] = Bounded(self.MAX_OPEN, self.MAX_CONTENT_BYTES)
