@@ -1096,6 +1096,88 @@ def upsert(table: sa.Table, columns: Collection[str]) -> sqlite.Insert:
     return insert.on_conflict_do_update(index_elements=[key], set_=changes)
 
 
+def delete_rows(tables: Any, table: TableName, which: str, **values: Any) -> int:
+    """Delete the rows whose rowids a SELECT finds, and return how many it were."""
+    return int(tables.executable.execute(sa.text(f"DELETE FROM {table} WHERE rowid IN ({which})"), values).rowcount)
+
+
+def create_tables(tables: Any, indexes: Iterable[str]) -> None:
+    """Create what is missing of the tables and of these indexes, and drop indexes that no query uses."""
+    for table, columns in TABLES.items():
+        tables.query(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+    for index in indexes:
+        tables.query(f"CREATE INDEX IF NOT EXISTS {index} ON {INDEXES[index]}")
+    # Those the earlier backend's ORM made, one a column: no query uses them and each costs a page a commit.
+    for row in list(tables.query("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'")):
+        if row["tbl_name"] in COLUMNS and row["name"].startswith(f"ix_{row['tbl_name']}_"):
+            log.info("index_dropped", index=row["name"])
+            tables.query(f'DROP INDEX "{row["name"]}"')
+    tables.query(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+class Room:
+    """What is free beside the file, and the oldest rows, which make room where too little is (contract, section 7).
+
+    On a file system of less than twice `min_free_bytes`, half of it is what is kept free.
+    """
+
+    SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
+    NOTICE_S = 3600.0
+
+    def __init__(self, file: LockedFile, min_free_bytes: int) -> None:
+        self.sizes: dict[str, int] = {}  # as `GET /health` shows them; nothing where nobody can tell
+        self._file = file
+        self._min_free_bytes = min_free_bytes
+        self._made_s = self._logged_s = -math.inf  # monotonic time of the latest, and of when that was said
+
+    def look(self) -> None:
+        """Look at the size of the file with its log, and at what is free beside it."""
+        sizes = {}
+        with contextlib.suppress(OSError):
+            sizes["disk_free_bytes"] = shutil.disk_usage(self._file.path.parent).free
+            sizes["database_bytes"] = self._file.path.stat().st_size
+            sizes["database_bytes"] += self._file.beside("-wal").stat().st_size
+        self.sizes = sizes
+
+    def is_short(self) -> bool:
+        """Whether the file system has too little free."""
+        try:
+            system = os.statvfs(self._file.path)
+        except OSError:
+            return False  # the commit will say it
+        spare_bytes = min(self._min_free_bytes, system.f_blocks * system.f_frsize // 2)
+        return system.f_bavail * system.f_frsize < spare_bytes
+
+    def make(self, tables: Any, batch: Batch) -> None:
+        """Delete the oldest rows until the batch fits into the file's free pages."""
+        size_bytes = sum(len(to_json(rows)) for _, rows in batch.tables())
+        deleted = 0
+        for table, (_, may_go) in HISTORIES.items():
+            while self._lacks_pages(tables, size_bytes):
+                oldest = f"SELECT rowid FROM {table} WHERE {may_go} ORDER BY rowid LIMIT 50"
+                if (count := delete_rows(tables, table, oldest)) == 0:
+                    break
+                deleted += count
+        if deleted:
+            self._made_s = time.monotonic()
+            if self._made_s > self._logged_s + self.NOTICE_S:
+                self._logged_s = self._made_s
+                log.warning("oldest_rows_deleted", reason=self.notice)
+
+    def _lacks_pages(self, tables: Any, size_bytes: int) -> bool:
+        """Whether a file that isn't small would have to grow for rows of this size. They may take twice that, and indexes."""
+        (pages,) = tables.query("SELECT * FROM pragma_page_count, pragma_freelist_count, pragma_page_size")
+        is_small = pages["page_count"] * pages["page_size"] < self.SMALL_FILE_BYTES
+        return not is_small and pages["freelist_count"] * pages["page_size"] < 2 * size_bytes + 32 * pages["page_size"]
+
+    @property
+    def notice(self) -> str | None:
+        """What people should know about it."""
+        if time.monotonic() > self._made_s + self.NOTICE_S:
+            return None
+        return f"the disk has too little room (--min-free-mb {self._min_free_bytes >> 20}): the oldest rows are deleted"
+
+
 class Database:
     """The four tables, through `dataset`. Blocks on the disk.
 
@@ -1104,21 +1186,15 @@ class Database:
     moved, removed or replaced. (Closing is also the cure for dataset's lock after a failed COMMIT.)
     """
 
-    SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
     MAX_ANSWER_BYTES = 1 << 20  # of rows: a question with more ends early, after the row that is over
-
-    ROOM_NOTICE_S = 3600.0  # contract, section 7
 
     def __init__(self, path: Path, min_free_bytes: int) -> None:
         self.file = LockedFile(path)
-        self._min_free_bytes = min_free_bytes
-        self._made_room_s = -math.inf  # monotonic time of the latest, and of when that was said
-        self._room_logged_s = -math.inf
+        self.room = Room(self.file, min_free_bytes)
         self._dataset: Any = None
         self._upserts: dict[TableName, sqlite.Insert] = {}  # to make one takes longer than to execute it
         self._has_failed = False
         self.is_indexing = False  # an index is being created, which holds up telemetry and nothing else
-        self.room: dict[str, int] = {}  # the size of the file and what is free beside it; nothing where nobody can tell
         self._surveys = {table: Survey(table) for table in HISTORIES}
 
     @property
@@ -1176,17 +1252,8 @@ class Database:
         dialect: Any = self._dataset.executable.dialect
         dialect.ischema_names = dialect.ischema_names | {"JSON": sa.Text, "DATETIME": sa.Text}
         with self._dataset as tables:
-            for table, columns in TABLES.items():
-                tables.query(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
-            for index in INDEXES if not self.file.is_large else INDEXES.keys() - LATER_INDEXES:
-                tables.query(f"CREATE INDEX IF NOT EXISTS {index} ON {INDEXES[index]}")
-            # Those the earlier backend's ORM made, one a column: no query uses them and each costs a page a commit.
-            for row in list(tables.query("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'")):
-                if row["tbl_name"] in COLUMNS and row["name"].startswith(f"ix_{row['tbl_name']}_"):
-                    log.info("index_dropped", index=row["name"])
-                    tables.query(f'DROP INDEX "{row["name"]}"')
-            tables.query(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self.look_at_room()
+            create_tables(tables, INDEXES.keys() - LATER_INDEXES if self.file.is_large else INDEXES)
+        self.room.look()
 
     def create_missing_index(self, is_over: Callable[[], bool]) -> str | None:
         """Create one of the indexes that the file lacks, if any: its name. Broken off when `is_over` says so.
@@ -1221,21 +1288,14 @@ class Database:
     def commit(self, batch: Batch) -> None:
         """Write a batch in one transaction, all or nothing; the oldest rows make room where need be. Raises STORE_ERRORS."""
         self._check_place()
-        self._make_room(batch)
+        if self.room.is_short():
+            with self._transaction() as tables:
+                self.room.make(tables, batch)
         with self._transaction() as tables:
             for table, rows in batch.tables():
                 if rows:
                     self._write(tables, table, rows)
-        self.look_at_room()
-
-    def look_at_room(self) -> None:
-        """Look at the size of the file with its log, and at what is free beside it."""
-        room = {}
-        with contextlib.suppress(OSError):
-            room["disk_free_bytes"] = shutil.disk_usage(self.file.path.parent).free
-            room["database_bytes"] = self.file.path.stat().st_size
-            room["database_bytes"] += self.file.beside("-wal").stat().st_size
-        self.room = room
+        self.room.look()
 
     def commit_row_by_row(self, batch: Batch) -> list[tuple[str, Row, str]]:
         """Write a batch but for the rows that the database refuses for what they are: table, row and reason of each.
@@ -1329,6 +1389,11 @@ class Database:
         """See Survey's `extend`."""
         return self._surveys[table].extend(tables)
 
+    @property
+    def notice(self) -> str | None:
+        """What people should know about the file."""
+        return "; ".join(text for text in (self.file.notice, self.room.notice) if text) or None
+
     def close(self) -> None:
         """Write the write-ahead log into the file and close it. Raises STORE_ERRORS."""
         try:
@@ -1344,7 +1409,7 @@ class Database:
         """Delete up to `limit` rows of a device, and return how many it were. Raises STORE_ERRORS."""
         with self._transaction() as tables:
             some = f"SELECT rowid FROM {table} WHERE device_id = :device_id LIMIT {limit}"
-            return self._delete(tables, table, some, device_id=device_id)
+            return delete_rows(tables, table, some, device_id=device_id)
 
     def delete_before(self, table: TableName, before: str, limit: int) -> int:
         """Delete up to `limit` rows of a history that has been surveyed, those from before a stored time: how many it were.
@@ -1357,56 +1422,10 @@ class Database:
             for first, last in reversed(list(self._surveys[table].ranges(tables, None, before))):
                 part = f"SELECT rowid FROM {table} WHERE rowid >= {first} AND rowid <= {last}"
                 old = f"{part} AND {time} < :before AND {may_go} LIMIT {limit - count}"
-                count += self._delete(tables, table, old, before=before)
+                count += delete_rows(tables, table, old, before=before)
                 if count == limit:
                     break
             return count
-
-    def _delete(self, tables: Any, table: TableName, which: str, **values: Any) -> int:
-        return int(tables.executable.execute(sa.text(f"DELETE FROM {table} WHERE rowid IN ({which})"), values).rowcount)
-
-    def _make_room(self, batch: Batch) -> None:
-        """Where the file system has no room to spare, delete the oldest rows until the batch fits into the file's free pages.
-
-        On a file system of less than twice `min_free_bytes`, half of it is what is kept free.
-        """
-        try:
-            system = os.statvfs(self.file.path)
-        except OSError:
-            return  # the commit will say it
-        spare_bytes = min(self._min_free_bytes, system.f_blocks * system.f_frsize // 2)
-        if system.f_bavail * system.f_frsize >= spare_bytes:
-            return
-        size_bytes = sum(len(to_json(rows)) for _, rows in batch.tables())
-        deleted = 0
-        with self._transaction() as tables:
-            for table, (_, may_go) in HISTORIES.items():
-                while self._lacks_pages(tables, size_bytes):
-                    oldest = f"SELECT rowid FROM {table} WHERE {may_go} ORDER BY rowid LIMIT 50"
-                    if (count := self._delete(tables, table, oldest)) == 0:
-                        break
-                    deleted += count
-        if deleted:
-            self._made_room_s = time.monotonic()
-            if self._made_room_s > self._room_logged_s + self.ROOM_NOTICE_S:
-                self._room_logged_s = self._made_room_s
-                log.warning("oldest_rows_deleted", reason=self.notice)
-
-    def _lacks_pages(self, tables: Any, size_bytes: int) -> bool:
-        """Whether a file that isn't small would have to grow for rows of this size. They may take twice that, and indexes."""
-        (pages,) = tables.query("SELECT * FROM pragma_page_count, pragma_freelist_count, pragma_page_size")
-        is_small = pages["page_count"] * pages["page_size"] < self.SMALL_FILE_BYTES
-        return not is_small and pages["freelist_count"] * pages["page_size"] < 2 * size_bytes + 32 * pages["page_size"]
-
-    @property
-    def notice(self) -> str | None:
-        """What people should know about the file."""
-        notices = [] if self.file.notice is None else [self.file.notice]
-        if time.monotonic() < self._made_room_s + self.ROOM_NOTICE_S:
-            notices.append(
-                f"the disk has too little room (--min-free-mb {self._min_free_bytes >> 20}): the oldest rows are deleted"
-            )
-        return "; ".join(notices) or None
 
 
 # -- the way in and out ------------------------------------------------------------------------------------------------
@@ -1693,10 +1712,7 @@ class Writer(Backlog):
                 raise error if isinstance(error, StartError) else StartError(self._failure) from None
             log.error("database_open_failed", reason=cause_of(error))
             self.call_writer()
-        works = [self._write_forever()]
-        works += [self._look_after_file()]
-        works += [self._check()] if self._database.file.is_large else []
-        self._tasks = [asyncio.create_task(work) for work in works]
+        self._tasks = [asyncio.create_task(self._write_forever())]
 
     def take_restored(self) -> Restored | None:
         """What the file has, once after every time that one was opened: at the start, or when there was room at last."""
@@ -1810,65 +1826,6 @@ class Writer(Backlog):
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
         return {"snapshots": deleted["device_state_snapshots"], "events": deleted["device_connection_logs"]}
 
-    async def _look_after_file(self) -> None:
-        """Follow the histories with their surveys, create what indexes are missing, delete what is older than `keep_days`."""
-        tidied_s = index_tried_s = -math.inf
-        while True:
-            now_s = time.monotonic()
-            try:
-                await self._in_writer(self._database.look_at_room)
-                for table in HISTORIES:
-                    await self._survey(table)
-                if now_s - index_tried_s >= self.INDEX_RETRY_S:
-                    index_tried_s = now_s
-                    await self._create_missing_indexes()
-                if self._settings.keep_days and now_s - tidied_s >= self.TIDY_INTERVAL_S:
-                    tidied_s = now_s
-                    await self._tidy()
-            except STORE_ERRORS as error:
-                log.warning("file_not_looked_after", reason=cause_of(error))
-                if not self._database.is_usable:
-                    self.call_writer()
-            await asyncio.sleep(min(self.SURVEY_INTERVAL_S, self.TIDY_INTERVAL_S))
-
-    async def _survey(self, table: TableName) -> None:
-        is_behind = True
-        while is_behind:
-            async with asyncio.timeout(self.READ_TIMEOUT_S):
-                is_behind = bool(await self._reader.ask(functools.partial(self._database.survey, table)))
-            if is_behind:
-                await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
-
-    async def _create_missing_indexes(self) -> None:
-        """Telemetry waits in memory meanwhile. What somebody waits for ends it, and it is begun anew another time."""
-        try:
-            while name := await self._in_writer(self._database.create_missing_index, self._gives_way):
-                log.info("index_created", index=name)
-        except sa.exc.OperationalError as error:
-            if sqlite_code(error) != sqlite3.SQLITE_INTERRUPT:
-                raise
-            log.debug("index_postponed", retry_s=self.INDEX_RETRY_S)
-
-    def _gives_way(self) -> bool:
-        return self.is_awaited or self._deadline_s < math.inf
-
-    async def _tidy(self) -> None:
-        """Delete what is older than `keep_days`, in steps between batches."""
-        before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
-        for table in HISTORIES:
-            limit = self.DELETED_AT_ONCE
-            while await self._in_writer(self._database.delete_before, table, before, limit) == limit:
-                await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
-
-    async def _check(self) -> None:
-        is_over = threading.Event()
-        try:
-            await asyncio.to_thread(self._database.file.check, is_over.is_set)
-        finally:
-            is_over.set()
-        if not self._database.is_usable:
-            self.call_writer()
-
     # -- health --------------------------------------------------------------------------------------------------------
 
     @property
@@ -1888,7 +1845,7 @@ class Writer(Backlog):
 
     def room(self) -> dict[str, int]:
         """The size of the file and what is free beside it, in bytes; nothing where nobody can tell."""
-        return self._database.room
+        return self._database.room.sizes
 
     # -- closing -------------------------------------------------------------------------------------------------------
 
@@ -1945,6 +1902,13 @@ class Store(Writer):
         rows = await self._read("devices", lambda tables: tables["devices"].find(device_id=device_id))
         return rows[0] if rows else None
 
+    async def open(self) -> None:
+        """See Writer. From then on the file is looked after."""
+        await super().open()
+        self._tasks.append(asyncio.create_task(self._look_after_file()))
+        if self._database.file.is_large:
+            self._tasks.append(asyncio.create_task(self._check()))
+
     def end_reads(self) -> None:
         """Before a stop: break off what is read, and read no more."""
         self._is_ending = True
@@ -1976,6 +1940,67 @@ class Store(Writer):
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
         finally:
             self._reads.discard(time_left)
+
+    # -- looking after the file ----------------------------------------------------------------------------------------
+
+    async def _look_after_file(self) -> None:
+        """Follow the histories with their surveys, create what indexes are missing, delete what is older than `keep_days`."""
+        tidied_s = index_tried_s = -math.inf
+        while True:
+            now_s = time.monotonic()
+            try:
+                await self._in_writer(self._database.room.look)
+                for table in HISTORIES:
+                    await self._survey(table)
+                if now_s - index_tried_s >= self.INDEX_RETRY_S:
+                    index_tried_s = now_s
+                    await self._create_missing_indexes()
+                if self._settings.keep_days and now_s - tidied_s >= self.TIDY_INTERVAL_S:
+                    tidied_s = now_s
+                    await self._tidy()
+            except STORE_ERRORS as error:
+                log.warning("file_not_looked_after", reason=cause_of(error))
+                if not self._database.is_usable:
+                    self.call_writer()
+            await asyncio.sleep(min(self.SURVEY_INTERVAL_S, self.TIDY_INTERVAL_S))
+
+    async def _survey(self, table: TableName) -> None:
+        is_behind = True
+        while is_behind:
+            async with asyncio.timeout(self.READ_TIMEOUT_S):
+                is_behind = bool(await self._reader.ask(functools.partial(self._database.survey, table)))
+            if is_behind:
+                await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
+
+    async def _create_missing_indexes(self) -> None:
+        """Telemetry waits in memory meanwhile. What somebody waits for ends it, and it is begun anew another time."""
+        try:
+            while name := await self._in_writer(self._database.create_missing_index, self._gives_way):
+                log.info("index_created", index=name)
+        except sa.exc.OperationalError as error:
+            if sqlite_code(error) != sqlite3.SQLITE_INTERRUPT:
+                raise
+            log.debug("index_postponed", retry_s=self.INDEX_RETRY_S)
+
+    def _gives_way(self) -> bool:
+        return self.is_awaited or self._deadline_s < math.inf
+
+    async def _tidy(self) -> None:
+        """Delete what is older than `keep_days`, in steps between batches."""
+        before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
+        for table in HISTORIES:
+            limit = self.DELETED_AT_ONCE
+            while await self._in_writer(self._database.delete_before, table, before, limit) == limit:
+                await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
+
+    async def _check(self) -> None:
+        is_over = threading.Event()
+        try:
+            await asyncio.to_thread(self._database.file.check, is_over.is_set)
+        finally:
+            is_over.set()
+        if not self._database.is_usable:
+            self.call_writer()
 
 
 # ======================================================================================================================
@@ -2170,6 +2195,11 @@ class Registry:
             for device in self._devices.values()
             if (device_type is None or device.device_type == device_type) and is_online in (None, device.is_online)
         ]
+
+    def types(self) -> str:
+        """Which types there are and how many of each are online: "ESP32 (2 online), cam (0 online)"."""
+        online = Counter(device.device_type for device in self.matching(is_online=True))
+        return ", ".join(f"{name} ({online[name]} online)" for name in sorted({d.device_type for d in self.matching()})[:50])
 
     async def look_up(self, device_id: str) -> Device:
         """The device, from the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
@@ -2827,10 +2857,7 @@ class Dispatch:
             devices = [self._registry.find(device_id) for device_id in request.device_id]
             offline = [device.device_id for device in devices if device is not None and not device.is_online]
             return f"offline: {', '.join(offline)}" if offline else "none of them takes what it is sent"
-        online = Counter(device.device_type for device in self._registry.matching(is_online=True))
-        known = sorted({device.device_type for device in self._registry.matching()})
-        types = ", ".join(f"{name} ({online[name]} online)" for name in known[:50]) or "none yet"
-        return f"no device of type {request.device_type} is online; types known: {types}"
+        return f"no device of type {request.device_type} is online; types known: {self._registry.types() or 'none yet'}"
 
     async def _send(self, command: Command, frame: str, targets: Collection[Device]) -> None:
         """Send a command to its targets, all at once, and save what became of it."""
@@ -3216,11 +3243,8 @@ class Gateway:
             "states": self.registry.contents.gave_way,
             "open_commands": commands.open.gave_way,
         }
-        if any(gave_way.values()):
-            health["gave_way"] = gave_way
-        if store.notice is not None:
-            health["notice"] = store.notice
-        return health
+        news = {"gave_way": gave_way if any(gave_way.values()) else None, "notice": store.notice}
+        return health | {name: value for name, value in news.items() if value is not None}
 
 
 # ======================================================================================================================
