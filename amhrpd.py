@@ -3336,6 +3336,8 @@ class DeviceSocket(Connection):
             if self._request.transport is not None:
                 self._request.transport.close()
             self._gateway.closed(self, *self._ending())
+            if (error := self._socket.exception()) is not None:  # it would keep all of this until a full collection
+                error.__traceback__ = error.__context__ = None
         return self._socket
 
     async def send(self, frame: str) -> bool:

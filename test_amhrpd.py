@@ -4778,6 +4778,30 @@ async def all_later(client: Client, before: dict[str, str]) -> bool:
 
 
 @in_a_loop
+async def test_connections_that_ended_leave_nothing_for_the_collector(database: Path) -> None:
+    def alive() -> int:
+        return sum(isinstance(thing, amhrpd.HttpConnection) for thing in gc.get_objects())
+
+    async with gateway_on(database) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(10):
+                board = await Wire.connect(client.port, f"b{number}")
+                board.send(REGISTRATION)
+                await eventually(lambda number=number: client.is_online(f"b{number}"))  # type: ignore[misc]
+                board.writer.transport.abort()
+                _, caller = await asyncio.open_connection("127.0.0.1", client.port)
+                caller.write(b"POST /command HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + b"x" * 50_000)
+                await caller.drain()
+                await asyncio.sleep(0.02)
+                caller.transport.abort()
+            await eventually(lambda: alive() <= 2)  # the client's own
+        finally:
+            gc.enable()
+
+
+@in_a_loop
 async def test_full_collections_are_rare_while_it_serves(database: Path) -> None:
     code = f"import atexit, gc, sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; "
     code += (
