@@ -1125,7 +1125,7 @@ class Room:
     NOTICE_S = 3600.0
 
     def __init__(self, file: LockedFile, min_free_bytes: int) -> None:
-        self.sizes: dict[str, int] = {}  # as `GET /health` shows them; nothing where nobody can tell
+        self.sizes: dict[str, int] = {}  # see StoreHealth
         self._file = file
         self._min_free_bytes = min_free_bytes
         self._made_s = self._logged_s = -math.inf  # monotonic time of the latest, and of when that was said
@@ -1195,7 +1195,7 @@ class Database:
         self._upserts: dict[TableName, sqlite.Insert] = {}  # to make one takes longer than to execute it
         self._has_failed = False
         self.is_indexing = False  # an index is being created, which holds up telemetry and nothing else
-        self._surveys = {table: Survey(table) for table in HISTORIES}
+        self.surveys = {table: Survey(table) for table in HISTORIES}
 
     @property
     def is_usable(self) -> bool:
@@ -1217,7 +1217,7 @@ class Database:
             self._connect()
             if not is_new:
                 return None
-            self._surveys = {table: Survey(table) for table in HISTORIES}
+            self.surveys = {table: Survey(table) for table in HISTORIES}
             with self._dataset as tables:
                 end_last_run(tables, online)
                 return Restored(load_devices(tables), load_commands(tables))
@@ -1378,16 +1378,12 @@ class Database:
         wanted = " AND ".join([*conditions, f"rowid >= :first AND rowid <= {last}"])
         question = f"SELECT * FROM {table} WHERE {wanted} ORDER BY rowid DESC LIMIT :limit"
         values = {"since": since, "until": until, "before": before, **equal}
-        for first, last_row in self._surveys[table].ranges(tables, since, until):
+        for first, last_row in self.surveys[table].ranges(tables, since, until):
             for row in tables.query(question, _step=20, limit=limit, first=first, last=last_row, **values):
                 yield row
                 limit -= 1
             if limit == 0:
                 break
-
-    def survey(self, table: TableName, tables: Any) -> list[Row]:
-        """See Survey's `extend`."""
-        return self._surveys[table].extend(tables)
 
     @property
     def notice(self) -> str | None:
@@ -1419,7 +1415,7 @@ class Database:
         with self._transaction() as tables:
             time, may_go = HISTORIES[table]
             count = 0
-            for first, last in reversed(list(self._surveys[table].ranges(tables, None, before))):
+            for first, last in reversed(list(self.surveys[table].ranges(tables, None, before))):
                 part = f"SELECT rowid FROM {table} WHERE rowid >= {first} AND rowid <= {last}"
                 old = f"{part} AND {time} < :before AND {may_go} LIMIT {limit - count}"
                 count += delete_rows(tables, table, old, before=before)
@@ -1555,15 +1551,16 @@ class Backlog:
         self._call_for_telemetry()
         return True
 
-    def _count(self, snapshot: Row, factor: int) -> int:
+    def _size_bytes(self, snapshot: Row) -> int:
+        return self.SNAPSHOT_OVERHEAD_BYTES + len(snapshot["state_data"])
+
+    def _count(self, snapshot: Row, factor: int) -> None:
         """Count what a snapshot takes, or no longer takes where the factor is -1."""
-        size_bytes = self.SNAPSHOT_OVERHEAD_BYTES + len(snapshot["state_data"])
-        device_id = snapshot["device_id"]
-        self._snapshot_bytes += factor * size_bytes
-        self._shares[device_id] += factor * size_bytes
+        size_bytes, device_id = factor * self._size_bytes(snapshot), snapshot["device_id"]
+        self._snapshot_bytes += size_bytes
+        self._shares[device_id] += size_bytes
         if self._shares[device_id] <= 0:
             del self._shares[device_id]
-        return size_bytes
 
     def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
         """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
@@ -1589,7 +1586,7 @@ class Backlog:
                 batch.waiting.append(item)
             else:
                 batch.snapshots.append(item)
-                room_bytes -= self.SNAPSHOT_OVERHEAD_BYTES + len(item["state_data"])
+                room_bytes -= self._size_bytes(item)
         self.silence_alarm()
         if not self._snapshots:  # a backlog goes on at once
             self.is_due.clear()
@@ -1610,10 +1607,14 @@ class Backlog:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """Whether the store can write (`reason` is None), what it owes, and what people should know (`notice`)."""
+    """Whether the store can write (`reason` is None), what it owes, and what people should know (`notice`).
+
+    `sizes` are those of the file and of what is free beside it, as `GET /health` shows them; none where nobody can tell.
+    """
 
     reason: str | None
     notice: str | None
+    sizes: dict[str, int]
     rows_waiting: int
     rows_dropped: int
     rows_rejected: int
@@ -1623,6 +1624,7 @@ class Reader:
     """Questions to the database, a few at a time, each in a thread of its own. Belongs to the event loop."""
 
     THREADS = 3  # so that a cheap question needn't wait for a dear one
+    BREAK_OFF_TIMEOUT_S = 1.0  # SQLite looks every 10,000 steps; only a disk that hangs takes longer
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -1633,22 +1635,25 @@ class Reader:
         self.threads = ThreadPoolExecutor(self.THREADS, "store-reader")
 
     async def ask(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
-        """Have a question answered. One whose asker is gone is broken off, and over when this ends. Raises STORE_ERRORS."""
+        """Have a question answered. One whose asker is gone is broken off. Raises STORE_ERRORS."""
         async with self._turns:
             while not self._may_ask.is_set():
                 await self._may_ask.wait()
             is_over = threading.Event()
             answer = asyncio.get_running_loop().run_in_executor(self.threads, self._database.read, ask, is_over.is_set)
             self._asked[answer] = is_over
+            answer.add_done_callback(self._forget)
             try:
                 return await asyncio.shield(answer)
             except asyncio.CancelledError:
                 is_over.set()
-                await asyncio.wait((answer,))
-                answer.exception()
+                await asyncio.wait((answer,), timeout=self.BREAK_OFF_TIMEOUT_S)
                 raise
-            finally:
-                del self._asked[answer]
+
+    def _forget(self, answer: asyncio.Future[list[Row]]) -> None:
+        del self._asked[answer]
+        if not answer.cancelled():
+            answer.exception()  # nobody may be there any more to be told
 
     @contextlib.asynccontextmanager
     async def silence(self) -> AsyncIterator[None]:
@@ -1811,15 +1816,16 @@ class Writer(Backlog):
     async def delete_device(self, device_id: str, is_back: Callable[[], bool]) -> dict[str, int]:
         """Delete a device's snapshots, its connection history and then itself, in steps between batches.
 
-        Ends early where it is back meanwhile. Returns how many snapshots and events it were. Raises STORE_UNAVAILABLE.
+        Nothing of it may be queued. Ends early where it is back meanwhile. Returns how many snapshots and events it were.
+        Raises STORE_UNAVAILABLE.
         """
         deleted: dict[TableName, int] = {"device_state_snapshots": 0, "device_connection_logs": 0, "devices": 0}
         try:
-            await self.flush(self.READ_TIMEOUT_S)
             for table in deleted:
                 count = limit = self.DELETED_AT_ONCE
                 while count == limit and not is_back():
-                    count = await self._in_writer(self._database.delete_of_device, table, device_id, limit)
+                    async with asyncio.timeout(self.READ_TIMEOUT_S):
+                        count = await self._in_writer(self._database.delete_of_device, table, device_id, limit)
                     deleted[table] += count
         except STORE_ERRORS as error:
             self.call_writer()
@@ -1841,11 +1847,10 @@ class Writer(Backlog):
             reason = "the writer has died"
         elif reason is None and stalled_s > self.STALLED_S and not self._database.is_indexing:
             reason = f"a write has been waiting for the disk for {stalled_s:.0f} s"
-        return StoreHealth(reason, self._database.notice, self.rows_waiting, self.rows_dropped, self._rows_rejected)
-
-    def room(self) -> dict[str, int]:
-        """The size of the file and what is free beside it, in bytes; nothing where nobody can tell."""
-        return self._database.room.sizes
+        database = self._database
+        return StoreHealth(
+            reason, database.notice, database.room.sizes, self.rows_waiting, self.rows_dropped, self._rows_rejected
+        )
 
     # -- closing -------------------------------------------------------------------------------------------------------
 
@@ -1968,7 +1973,7 @@ class Store(Writer):
         is_behind = True
         while is_behind:
             async with asyncio.timeout(self.READ_TIMEOUT_S):
-                is_behind = bool(await self._reader.ask(functools.partial(self._database.survey, table)))
+                is_behind = bool(await self._reader.ask(self._database.surveys[table].extend))
             if is_behind:
                 await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
 
@@ -2201,6 +2206,12 @@ class Registry:
         online = Counter(device.device_type for device in self.matching(is_online=True))
         return ", ".join(f"{name} ({online[name]} online)" for name in sorted({d.device_type for d in self.matching()})[:50])
 
+    @staticmethod
+    def type_of(devices: Iterable[Device]) -> str:
+        """The type that they have, EVERY_TYPE where it differs."""
+        types = {device.device_type for device in devices}
+        return types.pop() if len(types) == 1 else EVERY_TYPE
+
     async def look_up(self, device_id: str) -> Device:
         """The device, from the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
         device = self.find(device_id)
@@ -2208,9 +2219,10 @@ class Registry:
             with contextlib.suppress(GatewayError, TimeoutError):
                 async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
                     row = await self._store.device(device_id)
-                if device is not None:
+                device = self.find(device_id)  # it may have come meanwhile, and have said more
+                if device is not None and device.metadata is None:
                     device.metadata = row["metadata_json"] if row else "{}"
-                elif row is not None:
+                elif device is None and row is not None:
                     self.know(device := Device.restore(row))
         if device is None:
             raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
@@ -2237,10 +2249,13 @@ class Registry:
 
         Raises DEVICE_ONLINE, STORE_UNAVAILABLE.
         """
+        is_flushed = device.is_online or await self._store.flush(self._store.READ_TIMEOUT_S)
         if device.is_online:
             raise GatewayError(
                 Code.DEVICE_ONLINE, f"device {device.device_id!r} is online; only one that is offline can be deleted"
             )
+        if not is_flushed:  # what is queued of it would be written after it is gone
+            raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete anything while the database can't be written")
         self._forget(device)
         try:
             deleted = await self._store.delete_device(device.device_id, lambda: self.find(device.device_id) is not None)
@@ -2455,6 +2470,12 @@ class Command:
         self.answers[device_id] = msgspec.Raw(encoded)
         self.answer_bytes += self.ANSWER_OVERHEAD_BYTES + len(encoded)
 
+    def cancel_expiry(self) -> None:
+        """Its time is not limited any more."""
+        if self.expiry is not None:
+            self.expiry.cancel()
+            self.expiry = None
+
     def conclude(self, status: str) -> None:
         """No answer is awaited any more."""
         self.status = status
@@ -2549,18 +2570,14 @@ class Commands:
 
     def close(self, command: Command) -> None:
         """Keep a command for late answers only."""
-        if command.expiry is not None:
-            command.expiry.cancel()
-            command.expiry = None
+        command.cancel_expiry()
         self.open.pop(command.command_id)
         self._closed.put(command.command_id, command, command.content_bytes, is_news=False)
 
     def release_all(self) -> None:
         """For a stop: who waits gets the command as it is, no timer is left, and what is open stays so in the database."""
         for command in self.open:
-            if command.expiry is not None:
-                command.expiry.cancel()
-                command.expiry = None
+            command.cancel_expiry()
             command.released.set()
 
 
@@ -2763,6 +2780,7 @@ class Dispatch:
         self._deadmen: dict[str, Device] = {}  # the devices that have one armed
         self._next_due: asyncio.TimerHandle | None = None
         self._firing: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
         self.ended: Counter[str] = Counter()  # commands by the status they ended with
         self.answer_seconds = prometheus_client.Histogram(
             "amhrpd_answer_seconds", "until the last answer", registry=None, buckets=BUCKETS_S
@@ -2848,8 +2866,7 @@ class Dispatch:
                 raise GatewayError(
                     Code.INVALID_FIELD_VALUE, f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
                 )
-        types = {device.device_type for device in devices}
-        return types.pop() if len(types) == 1 else EVERY_TYPE, [device for device in devices if device.is_online]
+        return self._registry.type_of(devices), [device for device in devices if device.is_online]
 
     def explain_no_devices(self, request: CommandRequest) -> str:
         """Why a command found none: which ids are offline, or which types there are and how many of each are online."""
@@ -2859,13 +2876,14 @@ class Dispatch:
             return f"offline: {', '.join(offline)}" if offline else "none of them takes what it is sent"
         return f"no device of type {request.device_type} is online; types known: {self._registry.types() or 'none yet'}"
 
-    async def _send(self, command: Command, frame: str, targets: Collection[Device]) -> None:
-        """Send a command to its targets, all at once, and save what became of it."""
+    async def _send(self, command: Command, frame: str, targets: Collection[Device], *, is_deadmans: bool = False) -> None:
+        """Send a command to its targets, all at once, and save what became of it. At a stop only those of deadmen go."""
         assert command.recipients is not None
         for number, device in enumerate(targets, start=1):
             # Noted before the frame goes: the fastest boards answer within 2 ms.
             command.recipients.add(device.device_id)
-            if device.connection is not None and await device.connection.send(frame):
+            may_go = is_deadmans or not self._is_stopping
+            if may_go and device.connection is not None and await device.connection.send(frame):
                 self.disarm(device)
                 if command.deadman is not None:
                     self.arm(device, ArmedDeadman.due_in(command, command.deadman.after))
@@ -2918,8 +2936,7 @@ class Dispatch:
                 command.alerts.append({"device_id": device.device_id, **alert})
 
     def _expire_later(self, command: Command, delay_s: float) -> None:
-        if command.expiry is not None:
-            command.expiry.cancel()
+        command.cancel_expiry()
         command.expiry = asyncio.get_running_loop().call_later(delay_s, self._expire, command)
 
     def _expire(self, command: Command) -> None:
@@ -2971,12 +2988,11 @@ class Dispatch:
     async def _fire(self, armed_by: Command, devices: list[Device]) -> None:
         """Stopping a robot waits for no disk: the frames go first, and the row follows."""
         assert armed_by.deadman is not None
-        types = {device.device_type for device in devices}
-        device_type = types.pop() if len(types) == 1 else EVERY_TYPE
-        command = self._build(device_type, armed_by.deadman.command_name, armed_by.deadman.payload, devices)
+        device_type, deadman = self._registry.type_of(devices), armed_by.deadman
+        command = self._build(device_type, deadman.command_name, deadman.payload, devices)
         log.warning("deadman_fired", command_id=command.command_id, armed_by=armed_by.command_id, targets=len(devices))
         self._enter(command)
-        await self._send(command, command.frame(), devices)
+        await self._send(command, command.frame(), devices, is_deadmans=True)
         for device in devices:
             if command.recipients is not None and device.device_id in command.recipients:
                 device.unconfirmed = ArmedDeadman.due_in(armed_by, 0)
@@ -2991,7 +3007,8 @@ class Dispatch:
             self.fire_due()
 
     async def stop(self) -> None:
-        """Send every armed deadman, and await no more answers."""
+        """Send every armed deadman, and await no more answers. What was under way drives nobody on behind that."""
+        self._is_stopping = True
         self.fire_due(is_stopping=True)
         await asyncio.gather(*self._firing)
         self.commands.release_all()
@@ -3122,9 +3139,9 @@ class Gateway:
             case Registration():
                 self._register(device, message)
             case Alert():
-                self._record_alert(device, "alert", message.alert_type, message.message)
+                self._record_alert(device, now, "alert", message.alert_type, message.message)
             case ErrorReport():
-                self._record_alert(device, "error", str(message.error_code), message.error_message, message.context)
+                self._record_alert(device, now, "error", str(message.error_code), message.error_message, message.context)
         self.messages[type(message)] += 1
         self.note_activity(connection, now)
         connection.last_message_s = connection.heard_s
@@ -3160,9 +3177,9 @@ class Gateway:
             log.warning("snapshots_dropped", device_id=device.device_id)
         self._tell_of(device, "state", device.state_record)
 
-    def _record_alert(self, device: Device, kind: str, of_type: str, text: str, context: object = None) -> None:
+    def _record_alert(self, device: Device, now: datetime, kind: str, of_type: str, text: str, context: object = None) -> None:
         """A board says what a person should know."""
-        device.alert = {"kind": kind, "type": of_type[:200], "message": text[:1000], "timestamp": format_time(utc_now())}
+        device.alert = {"kind": kind, "type": of_type[:200], "message": text[:1000], "timestamp": format_time(now)}
         self.dispatch.record_alert(device, device.alert)
         record = {"device_id": device.device_id, "device_type": device.device_type, **device.alert}
         self.events.tell("alert", device.device_type, (device.device_id,), lambda: record)
@@ -3233,7 +3250,7 @@ class Gateway:
             "devices_total": len(self.registry),
             "open_commands": len(commands.open),
             "database": store.reason or "ok",
-            **self._store.room(),
+            **store.sizes,
             "rows_waiting": store.rows_waiting,
             "rows_dropped": store.rows_dropped,
             "rows_rejected": store.rows_rejected,
@@ -3253,8 +3270,6 @@ class Gateway:
 
 
 NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
-
-
 READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB
 # Of tiny frames: the smallest has 6 bytes and takes 200 once it is read, so 1,000 boards that flood with them take 35 MB.
 READ_OF_TINY_BYTES = 1 << 10
@@ -3291,9 +3306,7 @@ class DeviceSocket(Connection):
         WSCloseCode.INVALID_TEXT: "the device broke the WebSocket protocol",
     }
 
-    def __init__(
-        self, gateway: Gateway, settings: Settings, request: web.Request, on_whole: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, gateway: Gateway, settings: Settings, request: web.Request, on_whole: Callable[[], None]) -> None:
         """`on_whole` is called when a message is there whole."""
         super().__init__(request.match_info["device_id"], peer_of(request))
         self._gateway = gateway
@@ -5010,9 +5023,8 @@ class RestApi:
         """`GET /devices`."""
         is_online = None if query.online is None else query.online == "true"
         devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
-        if (
-            sum(500 + device.content_bytes for device in devices) < Database.MAX_ANSWER_BYTES
-        ):  # with its length, for simple callers
+        size_bytes = sum(500 + device.content_bytes for device in devices)
+        if size_bytes < Database.MAX_ANSWER_BYTES:  # an answer that says its length is what simple callers can read
             return {"total": len(devices), "devices": [device.record() for device in devices]}
         return await stream(request, web.StreamResponse(headers={"Content-Type": "application/json"}), device_list(devices))
 
@@ -5427,7 +5439,7 @@ def notify(*assignments: str) -> None:
 
 async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop: asyncio.Event) -> None:
     """Do what is due regularly until `stop` is set. The watchdog's ping comes from here, so it shows that the loop turns."""
-    watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6 or math.inf
+    watchdog_s = int(os.environ.get("WATCHDOG_USEC") or 0) / 1e6 or math.inf
     interval_s = min(UPKEEP_INTERVAL_S, gateway.ping_interval_s / 4, watchdog_s / 3)
     while not stop.is_set():
         await gateway.sweep(interval_s)
