@@ -1123,15 +1123,20 @@ class Room:
 
     SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
     NOTICE_S = 3600.0
+    LOOK_INTERVAL_S = 1.0  # to ask for three sizes takes as long as to write 20 rows
 
     def __init__(self, file: LockedFile, min_free_bytes: int) -> None:
         self.sizes: dict[str, int] = {}  # see StoreHealth
+        self._looked_s = -math.inf
         self._file = file
         self._min_free_bytes = min_free_bytes
         self._made_s = self._logged_s = -math.inf  # monotonic time of the latest, and of when that was said
 
     def look(self) -> None:
-        """Look at the size of the file with its log, and at what is free beside it."""
+        """Look at the size of the file with its log, and at what is free beside it, once in LOOK_INTERVAL_S."""
+        if time.monotonic() < self._looked_s + self.LOOK_INTERVAL_S:
+            return
+        self._looked_s = time.monotonic()
         sizes = {}
         with contextlib.suppress(OSError):
             sizes["disk_free_bytes"] = shutil.disk_usage(self._file.path.parent).free

@@ -1941,7 +1941,8 @@ async def test_metrics_count_what_happened(database: Path) -> None:
 
 
 @in_a_loop
-async def test_health_knows_the_size_of_the_file_and_what_is_free(database: Path) -> None:
+async def test_health_knows_the_size_of_the_file_and_what_is_free(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Room, "LOOK_INTERVAL_S", 0.0)
     async with gateway_on(database) as client:
         await client.post("/command?device_type=none&command_name=x")
         health = await client.get("/health")
