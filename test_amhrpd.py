@@ -4009,7 +4009,7 @@ async def test_100000_mutated_frames_beside_a_working_board(database: Path) -> N
                 wire.writer.write(b"".join(frames[at : at + 100]))
                 await wire.writer.drain()
             wire.send('{"message_type":"status","device_type":"ESP32","payload":{"attack":"over"}}')
-            await eventually(lambda: state_is(client, f"hostile_{number}", {"attack": "over"}), within_s=20)
+            await eventually(lambda: state_is(client, f"hostile_{number}", {"attack": "over"}), within_s=60)
         await wire.close()
 
     async def order(times: int) -> None:
