@@ -631,6 +631,8 @@ HISTORIES: Mapping[TableName, tuple[str, str]] = {
 """What is deleted when it is old, in the order in which it makes room: its time, and the condition that a row may go."""
 SCHEMA_VERSION = 1  # PRAGMA user_version; the earlier backend's files have 0
 
+PAGE_BYTES = 4096  # of SQLite's files and logs
+
 IN_THE_FILE = "null"  # as a device's metadata: leave what the file has
 
 # What `command_logs.status` holds (contract, section 4; `pending`, before there is a row, has no value here) ...
@@ -674,7 +676,7 @@ class Restored:
     none), and the rows of commands that may still be answered, oldest first.
     """
 
-    devices: list[Row]
+    devices: list[Row]  # RESTORED_DEVICES at the most
     commands: list[Row]
 
 
@@ -786,6 +788,7 @@ def cause_of(error: BaseException) -> str:
     origin = getattr(error, "orig", None) or error
     name = getattr(origin, "sqlite_errorname", None)
     text = origin.strerror if isinstance(origin, OSError) and origin.strerror else str(origin).partition("\n")[0]
+    text = text or type(origin).__name__
     return f"{text} ({name})" if name else text
 
 
@@ -830,6 +833,7 @@ class LockedFile:
         self.path = path
         self.notice: str | None = None  # for people: what happened to the file
         self.is_doubted = False  # SQLite reported damage, and the whole file is to be looked at
+        self._is_unchecked = False  # it is large, and was opened without that
         self._lock_fd: int | None = None
 
     @property
@@ -908,6 +912,7 @@ class LockedFile:
             start = file.read(len(self.MAGIC))
         if start and start != self.MAGIC:
             raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
+        self._is_unchecked |= is_new and self.is_large
         damage = self._look(is_whole=self.is_doubted or (is_new and not self.is_large)) if start else None
         if damage is not None:
             for path in (self.path, self.beside("-wal")):
@@ -940,7 +945,10 @@ class LockedFile:
                 raise
 
     def check(self, is_over: Callable[[], bool]) -> None:
-        """Look for damage in the whole file while it is in use: minutes, for a large one. For a thread of its own."""
+        """Look for damage in a large file while it is in use, once: minutes. For a thread of its own."""
+        if not self._is_unchecked:
+            return
+        self._is_unchecked = False
         with contextlib.suppress(*STORE_ERRORS, StartError):  # what reads and writes the file will say so
             self.is_doubted |= self._look(is_whole=True, is_over=is_over) is not None
 
@@ -1123,6 +1131,9 @@ class Room:
 
     SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
     NOTICE_S = 3600.0
+    # 16 MB. The commit that has to write the log into the file takes some ms longer: with SQLite's 1,000 pages that was one
+    # command in 60, and the 99th percentile of three commits 6 ms in place of 1.
+    LOG_PAGES = 4000
     LOOK_INTERVAL_S = 1.0  # to ask for three sizes takes as long as to write 20 rows
 
     def __init__(self, file: LockedFile, min_free_bytes: int) -> None:
@@ -1143,6 +1154,11 @@ class Room:
             sizes["database_bytes"] = self._file.path.stat().st_size
             sizes["database_bytes"] += self._file.beside("-wal").stat().st_size
         self.sizes = sizes
+
+    def log_pages(self) -> int:
+        """How long the write-ahead log gets before SQLite has a commit write it into the file."""
+        system = os.statvfs(self._file.path)
+        return min(self.LOG_PAGES, system.f_blocks * system.f_frsize // 8 // PAGE_BYTES)
 
     def is_short(self) -> bool:
         """Whether the file system has too little free."""
@@ -1240,6 +1256,7 @@ class Database:
             connected.close()
 
     def _connect(self) -> None:
+        log_pages = self.room.log_pages()
         self._dataset = dataset.connect(
             sa.URL.create("sqlite", database=str(self.file.path)).render_as_string(),
             row_type=dict,
@@ -1248,8 +1265,8 @@ class Database:
             on_connect_statements=[
                 "PRAGMA foreign_keys = ON",
                 "PRAGMA synchronous = NORMAL",  # with WAL it never corrupts, and syncs at checkpoints only
-                "PRAGMA wal_autocheckpoint = 1000",
-                "PRAGMA journal_size_limit = 8388608",
+                f"PRAGMA wal_autocheckpoint = {log_pages}",
+                f"PRAGMA journal_size_limit = {2 * log_pages * PAGE_BYTES}",  # to truncate takes longer than to use again
             ],
         )
         self._upserts = {}
@@ -1432,594 +1449,6 @@ class Database:
 # -- the way in and out ------------------------------------------------------------------------------------------------
 
 
-class Stored(Protocol):
-    """What is kept in a keyed table: it waits as an object and becomes a row when its turn comes."""
-
-    def row(self) -> Row:
-        """The row as it is now."""
-
-
-class Backlog:
-    """What waits to be written, and who waits for it. Belongs to the event loop. `put_*` never wait."""
-
-    # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
-    TELEMETRY_LIMIT_BYTES = 32 << 20
-    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
-    SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
-    MIN_SHARES = 32  # no device may have more than this part of the limit
-    MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
-    SOON_S = 0.003  # what happens to commands and connections within it is one transaction
-    BATCH_BYTES = 1 << 20  # of snapshots; about 10 ms of writing here, so a command's row never waits long behind telemetry
-
-    def __init__(self, commit_interval_s: float) -> None:
-        """Telemetry that nobody asks for is written once in `commit_interval_s`."""
-        self._commit_interval_s = commit_interval_s
-        self._telemetry_due_s = -math.inf  # monotonic: not before this
-        self.known_devices: dict[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
-        self.in_flight = Batch()
-        self.rows_dropped = 0
-        self.is_due = asyncio.Event()  # what waits is to be written now
-        self._alarm: asyncio.TimerHandle | None = None  # for what may wait some time
-        self._devices: dict[str, Stored] = {}
-        self._commands: dict[str, Stored] = {}
-        self._events: list[Row] = []
-        self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
-        self._waiting: list[asyncio.Future[None]] = []  # for the others: devices, commands, events
-        self._is_joined = False  # somebody waits, for either
-        self._snapshot_bytes = 0  # of those that wait or are in flight
-        self._shares: Counter[str] = Counter()  # the same for each device that has any
-
-    @property
-    def rows_waiting(self) -> int:
-        """How many rows are not in the file yet."""
-        waiting = len(self._devices) + len(self._commands) + len(self._events) + len(self._snapshots)
-        return waiting + len(self.in_flight)
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether anybody waits for what is queued, or it gets much."""
-        is_taken_awaited = bool(self.in_flight.commands or self.in_flight.waiting)
-        is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
-        return bool(self._commands) or self._is_joined or is_taken_awaited or is_congested
-
-    def call_writer(self, within_s: float = 0.0) -> None:
-        """Have the writer come within so many seconds."""
-        if within_s <= 0:
-            self.is_due.set()
-        elif not self.is_due.is_set():
-            loop = asyncio.get_running_loop()
-            if self._alarm is None or loop.time() + within_s < self._alarm.when():
-                self.silence_alarm()
-                self._alarm = loop.call_later(within_s, self.is_due.set)
-
-    def silence_alarm(self) -> None:
-        """Leave no timer behind."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
-
-    def _call_for_telemetry(self) -> None:
-        if not self.is_due.is_set():
-            is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
-            self.call_writer(0.0 if is_congested else self._telemetry_due_s - time.monotonic())
-
-    def know_device(self, device_id: str, device: Stored) -> None:
-        """Remember a device whose row is in the file: a file that takes its place needs it, too."""
-        self.known_devices[device_id] = device
-
-    def forget_device(self, device_id: str) -> None:
-        """The opposite of `know_device`: what the file has of it stays there."""
-        self.known_devices.pop(device_id, None)
-        self._devices.pop(device_id, None)
-
-    def is_device_waiting(self, device_id: str) -> bool:
-        """Whether a change of a device isn't in the file yet."""
-        return device_id in self._devices or device_id in self.in_flight.devices
-
-    def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
-        """The rows, as they are now, of those that are known."""
-        return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
-
-    def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
-        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
-        self.known_devices[device_id] = self._devices[device_id] = device
-        if urgent:
-            self.call_writer(self.SOON_S)
-        else:
-            self._call_for_telemetry()
-
-    def put_command(self, command_id: str, command: Stored) -> None:
-        """Write a command's row."""
-        self._commands[command_id] = command
-        self.call_writer(self.SOON_S)
-
-    def put_event(self, row: Row) -> bool:
-        """Append a row of the connection history. False where too many wait and it was dropped."""
-        if len(self._events) >= self.MAX_EVENTS:
-            self.rows_dropped += 1
-            return False
-        self._events.append(row)
-        self.call_writer(self.SOON_S)
-        return True
-
-    def has_its_share_waiting(self, device_id: str) -> bool:
-        """Whether as much of a device's telemetry waits as it may have, whatever others do."""
-        return self._shares[device_id] > self.TELEMETRY_LIMIT_BYTES // max(self.MIN_SHARES, len(self._shares))
-
-    def put_snapshot(self, row: Row) -> bool:
-        """Append a snapshot. False where the limit is reached, and the device's share of it, and it was dropped."""
-        if self._snapshot_bytes > self.TELEMETRY_LIMIT_BYTES and self.has_its_share_waiting(row["device_id"]):
-            self.rows_dropped += 1
-            return False
-        self._count(row, 1)
-        self._snapshots.append(row)
-        self._call_for_telemetry()
-        return True
-
-    def _size_bytes(self, snapshot: Row) -> int:
-        return self.SNAPSHOT_OVERHEAD_BYTES + len(snapshot["state_data"])
-
-    def _count(self, snapshot: Row, factor: int) -> None:
-        """Count what a snapshot takes, or no longer takes where the factor is -1."""
-        size_bytes, device_id = factor * self._size_bytes(snapshot), snapshot["device_id"]
-        self._snapshot_bytes += size_bytes
-        self._shares[device_id] += size_bytes
-        if self._shares[device_id] <= 0:
-            del self._shares[device_id]
-
-    def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
-        """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        (self._snapshots if behind_snapshots else self._waiting).append(written)
-        self._is_joined = True
-        self.call_writer()
-        return written
-
-    def take(self) -> Batch:
-        """Everything for the next batch, of the snapshots the oldest BATCH_BYTES. It is in flight until `settle`."""
-        batch = Batch(
-            devices={device_id: device.row() for device_id, device in self._devices.items()},
-            commands=[command.row() for command in self._commands.values()],
-            events=self._events,
-            waiting=self._waiting,
-        )
-        self._devices, self._commands, self._events, self._waiting = {}, {}, [], []
-        room_bytes = self.BATCH_BYTES
-        while self._snapshots and room_bytes > 0:
-            item = self._snapshots.popleft()
-            if isinstance(item, asyncio.Future):
-                batch.waiting.append(item)
-            else:
-                batch.snapshots.append(item)
-                room_bytes -= self._size_bytes(item)
-        self.silence_alarm()
-        if not self._snapshots:  # a backlog goes on at once
-            self.is_due.clear()
-            self._is_joined = False
-        self._telemetry_due_s = time.monotonic() + self._commit_interval_s
-        self.in_flight = batch
-        return batch
-
-    def settle(self) -> None:
-        """What was in flight is written."""
-        batch, self.in_flight = self.in_flight, Batch()
-        for row in batch.snapshots:
-            self._count(row, -1)
-        for waiting in batch.waiting:
-            if not waiting.done():
-                waiting.set_result(None)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StoreHealth:
-    """Whether the store can write (`reason` is None), what it owes, and what people should know (`notice`).
-
-    `sizes` are those of the file and of what is free beside it, as `GET /health` shows them; none where nobody can tell.
-    """
-
-    reason: str | None
-    notice: str | None
-    sizes: dict[str, int]
-    rows_waiting: int
-    rows_dropped: int
-    rows_rejected: int
-
-
-class Reader:
-    """Questions to the database, a few at a time, each in a thread of its own. Belongs to the event loop."""
-
-    THREADS = 3  # so that a cheap question needn't wait for a dear one
-    BREAK_OFF_TIMEOUT_S = 1.0  # SQLite looks every 10,000 steps; only a disk that hangs takes longer
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._turns = asyncio.Semaphore(self.THREADS)
-        self._asked: dict[asyncio.Future[list[Row]], threading.Event] = {}  # with what breaks each off
-        self._may_ask = asyncio.Event()
-        self._may_ask.set()
-        self.threads = ThreadPoolExecutor(self.THREADS, "store-reader")
-
-    async def ask(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
-        """Have a question answered. One whose asker is gone is broken off. Raises STORE_ERRORS."""
-        async with self._turns:
-            while not self._may_ask.is_set():
-                await self._may_ask.wait()
-            is_over = threading.Event()
-            answer = asyncio.get_running_loop().run_in_executor(self.threads, self._database.read, ask, is_over.is_set)
-            self._asked[answer] = is_over
-            answer.add_done_callback(self._forget)
-            try:
-                return await asyncio.shield(answer)
-            except asyncio.CancelledError:
-                is_over.set()
-                await asyncio.wait((answer,), timeout=self.BREAK_OFF_TIMEOUT_S)
-                raise
-
-    def _forget(self, answer: asyncio.Future[list[Row]]) -> None:
-        del self._asked[answer]
-        if not answer.cancelled():
-            answer.exception()  # nobody may be there any more to be told
-
-    @contextlib.asynccontextmanager
-    async def silence(self) -> AsyncIterator[None]:
-        """While this lasts nobody reads: what is being answered is broken off, and what comes waits."""
-        self._may_ask.clear()
-        try:
-            for is_over in self._asked.values():
-                is_over.set()
-            if self._asked:
-                await asyncio.wait(self._asked)
-            yield
-        finally:
-            self._may_ask.set()
-
-
-class Writer(Backlog):
-    """The way into the database. Its state belongs to the event loop; a thread blocks on the disk for it.
-
-    Rows gather in memory, and the writer, a task, hands all there are to its thread, one transaction at a time. A batch that
-    fails for the disk's sake is kept and tried again until it is in the file; a row that the database refuses for its own sake
-    is logged and left out, so that the rest gets in.
-    """
-
-    RETRY_S = 0.5  # after a batch that failed twice
-    STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
-    READ_TIMEOUT_S = 20.0  # contract, section 6
-    DELETED_AT_ONCE = 50  # rows: of many devices, so each costs a page of an index; 500 tripled a command's p99
-    TIDY_INTERVAL_S = 3600.0
-    SURVEY_INTERVAL_S = 60.0  # as many rows come meanwhile as a question about a time may have to look at in vain
-    INDEX_RETRY_S = 600.0  # until it finds a quiet moment that is long enough
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings.commit_interval_s)
-        self._settings = settings
-        self._database = Database(settings.database_path.absolute(), settings.min_free_mb << 20)
-        self._deadline_s = math.inf  # of a stop, for what is queued
-        self._failure: str | None = None
-        self._writing_since_s: float | None = None
-        self._rows_rejected = 0
-        self._rejected_commands: deque[str] = deque(maxlen=1000)  # the ids of the latest
-        self._restored: Restored | None = None
-        self._was_open = False
-        self.commit_seconds = prometheus_client.Histogram(
-            "amhrpd_commit_seconds", "of a transaction", registry=None, buckets=BUCKETS_S
-        )
-        self._reader = Reader(self._database)
-        self._writer_thread = ThreadPoolExecutor(1, "store-writer")
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def open(self) -> None:
-        """Open or create the file and begin to write. What is found is for `take_restored`, now or later.
-
-        Raises StartError where it can't be used, but for a full disk: then the writer goes on trying.
-        """
-        try:
-            await self._open_file()
-        except (*STORE_ERRORS, StartError) as error:
-            self._failure = f"can't open the database {self._database.file.path}: {cause_of(error)}"
-            if isinstance(error, StartError) or not is_lack_of_room(error):
-                self._end_threads()
-                raise error if isinstance(error, StartError) else StartError(self._failure) from None
-            log.error("database_open_failed", reason=cause_of(error))
-            self.call_writer()
-        self._tasks = [asyncio.create_task(self._write_forever())]
-
-    def take_restored(self) -> Restored | None:
-        """What the file has, once after every time that one was opened: at the start, or when there was room at last."""
-        restored, self._restored = self._restored, None
-        return restored
-
-    async def _open_file(self) -> None:
-        online = [key for key, row in self.device_rows(self.known_devices).items() if row["is_online"]]
-        async with self._reader.silence():
-            restored = await self._in_writer(self._database.open, online if self._was_open else ())
-        self._restored = restored or self._restored
-        self._was_open = True
-
-    async def _in_writer(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._writer_thread, work, *arguments)
-
-    def _end_threads(self) -> None:
-        self._writer_thread.shutdown(wait=False)
-        self._reader.threads.shutdown(wait=False)
-
-    # -- writing -------------------------------------------------------------------------------------------------------
-
-    async def commit_command(self, command_id: str, command: Stored, timeout_s: float) -> bool:
-        """Write a command's row and wait until it is committed.
-
-        False after `timeout_s`, where the database refused the row, and at once when writes fail now.
-        """
-        self.put_command(command_id, command)
-        if self.health().reason is not None:
-            return False
-        written = self.join(behind_snapshots=False)
-        await asyncio.wait((written,), timeout=timeout_s)
-        return written.done() and command_id not in self._rejected_commands
-
-    async def flush(self, timeout_s: float) -> bool:
-        """Wait until everything put so far is committed. False after `timeout_s`."""
-        if self.rows_waiting == 0:
-            return True
-        written = self.join(behind_snapshots=True)
-        await asyncio.wait((written,), timeout=timeout_s)
-        return written.done()
-
-    async def _write_forever(self) -> None:
-        """The writer: until a stop, and then until nothing waits or its time is over."""
-        while self._deadline_s == math.inf or self.rows_waiting or self.is_due.is_set():
-            if self._deadline_s == math.inf:
-                await self.is_due.wait()
-            if not await self._commit_stubbornly(self.take()):
-                log.error("rows_lost", rows=self.rows_waiting, reason=self._failure)
-                return
-            self.settle()
-
-    async def _commit_stubbornly(self, batch: Batch) -> bool:
-        """Commit the batch: again at once where it fails, then however long that takes. False where a stop gave up on it."""
-        while True:
-            self._writing_since_s = time.monotonic()
-            pause_s = 0.0 if self._failure is None else self.RETRY_S
-            try:
-                await self._commit(batch)
-                if self._failure is not None:
-                    log.warning("database_writes_resumed", rows_waiting=self.rows_waiting)
-                self._failure = None
-                return True
-            except (*STORE_ERRORS, StartError) as error:
-                if self._failure is None or not self._was_open:
-                    log.error("database_write_failed", reason=cause_of(error), rows_waiting=self.rows_waiting)
-                self._failure = f"can't write the database: {cause_of(error)}"
-            finally:
-                self._writing_since_s = None
-            if time.monotonic() + pause_s > self._deadline_s:
-                return False
-            await asyncio.sleep(pause_s)
-
-    async def _commit(self, batch: Batch) -> None:
-        if not self._database.is_usable:  # the file that there is now may know none of the devices
-            await self._open_file()
-            batch.devices = self.device_rows(self.known_devices) | batch.devices
-        if not batch:
-            return
-        try:
-            with self.commit_seconds.time():
-                await self._in_writer(self._database.commit, batch)
-        except sa.exc.StatementError as error:
-            if not is_fault_of_a_row(error):
-                raise
-            # Rows of devices that somebody deleted behind our back would be refused for ever.
-            owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
-            batch.devices = self.device_rows(owners) | batch.devices
-            refused = await self._in_writer(self._database.commit_row_by_row, batch)
-            for table, row, reason in refused:
-                log.error("row_rejected", table=table, reason=reason, row=repr(row))
-                if table == "command_logs":
-                    self._rejected_commands.append(row["command_id"])
-            self._rows_rejected += len(refused)
-
-    async def delete_device(self, device_id: str, is_back: Callable[[], bool]) -> dict[str, int]:
-        """Delete a device's snapshots, its connection history and then itself, in steps between batches.
-
-        Nothing of it may be queued. Ends early where it is back meanwhile. Returns how many snapshots and events it were.
-        Raises STORE_UNAVAILABLE.
-        """
-        deleted: dict[TableName, int] = {"device_state_snapshots": 0, "device_connection_logs": 0, "devices": 0}
-        try:
-            for table in deleted:
-                count = limit = self.DELETED_AT_ONCE
-                while count == limit and not is_back():
-                    async with asyncio.timeout(self.READ_TIMEOUT_S):
-                        count = await self._in_writer(self._database.delete_of_device, table, device_id, limit)
-                    deleted[table] += count
-        except STORE_ERRORS as error:
-            self.call_writer()
-            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
-        return {"snapshots": deleted["device_state_snapshots"], "events": deleted["device_connection_logs"]}
-
-    # -- health --------------------------------------------------------------------------------------------------------
-
-    @property
-    def is_writer_alive(self) -> bool:
-        """Whether the writer runs (it does while it waits for a disk that stalls)."""
-        return bool(self._tasks) and not self._tasks[0].done()
-
-    def health(self) -> StoreHealth:
-        """How it goes; never waits."""
-        reason = self._failure
-        stalled_s = 0.0 if self._writing_since_s is None else time.monotonic() - self._writing_since_s
-        if not self.is_writer_alive:
-            reason = "the writer has died"
-        elif reason is None and stalled_s > self.STALLED_S and not self._database.is_indexing:
-            reason = f"a write has been waiting for the disk for {stalled_s:.0f} s"
-        database = self._database
-        return StoreHealth(
-            reason, database.notice, database.room.sizes, self.rows_waiting, self.rows_dropped, self._rows_rejected
-        )
-
-    # -- closing -------------------------------------------------------------------------------------------------------
-
-    async def close(self, timeout_s: float) -> bool:
-        """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
-        self._deadline_s = time.monotonic() + timeout_s
-        for task in self._tasks[1:]:
-            task.cancel()
-        is_clean = self.is_writer_alive
-        self.call_writer()
-        try:
-            async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
-                await asyncio.wait(self._tasks[:1])
-                self.silence_alarm()
-                is_clean = is_clean and self._tasks[0].exception() is None and self.rows_waiting == 0
-                async with self._reader.silence():
-                    await self._in_writer(self._database.close)
-        except TimeoutError:
-            is_clean = False
-            log.error("database_close_timeout", rows=self.rows_waiting, timeout_s=timeout_s)
-        except STORE_ERRORS as error:
-            is_clean = False
-            log.error("database_close_failed", reason=cause_of(error))
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._end_threads()
-        return is_clean
-
-
-class Store(Writer):
-    """The way into the database and out of it: what is read is all that was put before."""
-
-    FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
-    READS_WAITING = 64  # at some milliseconds each
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self._reads: set[asyncio.Timeout] = set()  # those under way
-        self._is_ending = False
-
-    async def history(self, table: TableName, limit: int, **wanted: Any) -> list[Row]:
-        """Rows of a history, ready to encode: see Database's `newest`. Raises GatewayError, see `_read`."""
-        return await self._read(table, lambda tables: self._database.newest(tables, table, limit, **wanted))
-
-    async def command(self, command_id: str) -> Row | None:
-        """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
-        rows = await self._read("command_logs", lambda tables: tables["command_logs"].find(command_id=command_id))
-        return rows[0] if rows else None
-
-    async def device(self, device_id: str) -> Row | None:
-        """The row of a device, as in Restored, or None. Raises GatewayError, see `_read`."""
-        rows = await self._read("devices", lambda tables: tables["devices"].find(device_id=device_id))
-        return rows[0] if rows else None
-
-    async def open(self) -> None:
-        """See Writer. From then on the file is looked after."""
-        await super().open()
-        self._tasks.append(asyncio.create_task(self._look_after_file()))
-        if self._database.file.is_large:
-            self._tasks.append(asyncio.create_task(self._check()))
-
-    def end_reads(self) -> None:
-        """Before a stop: break off what is read, and read no more."""
-        self._is_ending = True
-        for time_left in [time_left for time_left in self._reads if not time_left.expired()]:
-            time_left.reschedule(asyncio.get_running_loop().time())
-
-    async def _read(self, table: TableName, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
-        """Ask for rows of a table in a reader's thread, after all that was put so far is in the file.
-
-        Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already, STOPPING.
-        """
-        if len(self._reads) >= self.READS_WAITING:
-            raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.READS_WAITING} queries are waiting already")
-        show = functools.partial(restorable if table == "devices" else presentable, table)
-        time_left = asyncio.timeout(0.0 if self._is_ending else self.READ_TIMEOUT_S)
-        self._reads.add(time_left)
-        try:
-            async with time_left:
-                if not await self.flush(self.READ_TIMEOUT_S if self._failure is None else self.FAILING_READ_TIMEOUT_S):
-                    raise GatewayError(Code.STORE_UNAVAILABLE, self._failure or "the database is too slow at the moment")
-                return await self._reader.ask(lambda tables: map(show, ask(tables)))
-        except TimeoutError:
-            if self._is_ending:
-                raise GatewayError(Code.STOPPING, "the gateway is going down") from None
-            raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
-        except STORE_ERRORS as error:
-            if not self._database.is_usable:
-                self.call_writer()
-            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
-        finally:
-            self._reads.discard(time_left)
-
-    # -- looking after the file ----------------------------------------------------------------------------------------
-
-    async def _look_after_file(self) -> None:
-        """Follow the histories with their surveys, create what indexes are missing, delete what is older than `keep_days`."""
-        tidied_s = index_tried_s = -math.inf
-        while True:
-            now_s = time.monotonic()
-            try:
-                await self._in_writer(self._database.room.look)
-                for table in HISTORIES:
-                    await self._survey(table)
-                if now_s - index_tried_s >= self.INDEX_RETRY_S:
-                    index_tried_s = now_s
-                    await self._create_missing_indexes()
-                if self._settings.keep_days and now_s - tidied_s >= self.TIDY_INTERVAL_S:
-                    tidied_s = now_s
-                    await self._tidy()
-            except STORE_ERRORS as error:
-                log.warning("file_not_looked_after", reason=cause_of(error))
-                if not self._database.is_usable:
-                    self.call_writer()
-            await asyncio.sleep(min(self.SURVEY_INTERVAL_S, self.TIDY_INTERVAL_S))
-
-    async def _survey(self, table: TableName) -> None:
-        is_behind = True
-        while is_behind:
-            async with asyncio.timeout(self.READ_TIMEOUT_S):
-                is_behind = bool(await self._reader.ask(self._database.surveys[table].extend))
-            if is_behind:
-                await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
-
-    async def _create_missing_indexes(self) -> None:
-        """Telemetry waits in memory meanwhile. What somebody waits for ends it, and it is begun anew another time."""
-        try:
-            while name := await self._in_writer(self._database.create_missing_index, self._gives_way):
-                log.info("index_created", index=name)
-        except sa.exc.OperationalError as error:
-            if sqlite_code(error) != sqlite3.SQLITE_INTERRUPT:
-                raise
-            log.debug("index_postponed", retry_s=self.INDEX_RETRY_S)
-
-    def _gives_way(self) -> bool:
-        return self.is_awaited or self._deadline_s < math.inf
-
-    async def _tidy(self) -> None:
-        """Delete what is older than `keep_days`, in steps between batches."""
-        before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
-        for table in HISTORIES:
-            limit = self.DELETED_AT_ONCE
-            while await self._in_writer(self._database.delete_before, table, before, limit) == limit:
-                await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
-
-    async def _check(self) -> None:
-        is_over = threading.Event()
-        try:
-            await asyncio.to_thread(self._database.file.check, is_over.is_set)
-        finally:
-            is_over.set()
-        if not self._database.is_usable:
-            self.call_writer()
-
-
-# ======================================================================================================================
-# Devices
-# ======================================================================================================================
-
-CLOSE_REPLACED = 4000  # contract, section 3
-CLOSE_TIMED_OUT = 4001
-
 Value = TypeVar("Value")
 
 
@@ -2065,6 +1494,603 @@ class Bounded(Generic[Value]):
         return gone
 
 
+class Stored(Protocol):
+    """A device or a command: it waits as an object, and becomes a row when its turn comes."""
+
+    @property
+    def content_bytes(self) -> int:
+        """What it takes in memory, about."""
+
+    def row(self) -> Row:
+        """The row as it is now."""
+
+
+class Backlog:
+    """What waits to be written, and who waits for that. Belongs to the event loop; `put_*` never wait."""
+
+    # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
+    TELEMETRY_LIMIT_BYTES = 32 << 20
+    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
+    SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
+    MIN_SHARES = 32  # no device may have more than this part of the limit
+    MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
+    MAX_COMMANDS = 10_000  # with what follows: as many changes as a robot's caller makes in an hour and a half
+    COMMANDS_LIMIT_BYTES = 16 << 20
+    SOON_S = 0.003  # what happens to commands and connections within it is one transaction
+    BATCH_BYTES = 1 << 20  # of snapshots; about 10 ms of writing here, so a command's row never waits long behind telemetry
+
+    def __init__(self, commit_interval_s: float) -> None:
+        """Telemetry that nobody asks for is written once in `commit_interval_s`."""
+        self._commit_interval_s = commit_interval_s
+        self._telemetry_due_s = -math.inf  # monotonic: not before this
+        self.known_devices: Mapping[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
+        self.in_flight = Batch()
+        self.rows_dropped = 0
+        self.is_due = asyncio.Event()  # what waits is to be written now
+        self._alarm: asyncio.TimerHandle | None = None  # for what may wait some time
+        self._devices: dict[str, Stored] = {}
+        self._commands: Bounded[Stored] = Bounded(self.MAX_COMMANDS, self.COMMANDS_LIMIT_BYTES)
+        self._events: list[Row] = []
+        self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
+        self._waiting: list[asyncio.Future[None]] = []  # for the others: devices, commands, events
+        self._is_joined = False  # somebody waits, for either
+        self._snapshot_count = self._snapshot_bytes = 0  # of those that wait or are in flight
+        self._shares: Counter[str] = Counter()  # their bytes for each device that has any
+
+    @property
+    def rows_waiting(self) -> int:
+        """How many rows are not in the file yet."""
+        others = len(self._devices) + len(self._commands) + len(self._events)
+        return others + len(self.in_flight) - len(self.in_flight.snapshots) + self._snapshot_count
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits for what is queued, or it gets much."""
+        is_taken_awaited = bool(self.in_flight.commands or self.in_flight.waiting)
+        is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
+        return bool(self._commands) or self._is_joined or is_taken_awaited or is_congested
+
+    def call_writer(self, within_s: float = 0.0) -> None:
+        """Have the writer come within so many seconds."""
+        if within_s <= 0:
+            self.is_due.set()
+        elif not self.is_due.is_set():
+            loop = asyncio.get_running_loop()
+            if self._alarm is None or loop.time() + within_s < self._alarm.when():
+                self.silence_alarm()
+                self._alarm = loop.call_later(within_s, self.is_due.set)
+
+    def silence_alarm(self) -> None:
+        """Leave no timer behind."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def _call_for_telemetry(self) -> None:
+        if not self.is_due.is_set():
+            is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
+            self.call_writer(0.0 if is_congested else self._telemetry_due_s - time.monotonic())
+
+    def is_device_waiting(self, device_id: str) -> bool:
+        """Whether a change of a device isn't in the file yet."""
+        return device_id in self._devices or device_id in self.in_flight.devices
+
+    def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
+        """The rows, as they are now, of those that are known."""
+        return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
+
+    def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
+        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
+        self._devices[device_id] = device
+        if urgent:
+            self.call_writer(self.SOON_S)
+        else:
+            self._call_for_telemetry()
+
+    def put_command(self, command_id: str, command: Stored) -> None:
+        """Write a command's row. Where too many wait, the oldest are dropped."""
+        self.rows_dropped += len(self._commands.put(command_id, command, command.content_bytes, is_news=False))
+        self.call_writer(self.SOON_S)
+
+    def put_event(self, row: Row) -> bool:
+        """Append a row of the connection history. False where too many wait and it was dropped."""
+        if len(self._events) >= self.MAX_EVENTS:
+            self.rows_dropped += 1
+            return False
+        self._events.append(row)
+        self.call_writer(self.SOON_S)
+        return True
+
+    def has_its_share_waiting(self, device_id: str) -> bool:
+        """Whether as much of a device's telemetry waits as it may have, whatever others do."""
+        return self._shares[device_id] > self.TELEMETRY_LIMIT_BYTES // max(self.MIN_SHARES, len(self._shares))
+
+    def put_snapshot(self, row: Row) -> bool:
+        """Append a snapshot. False where the limit is reached, and the device's share of it, and it was dropped."""
+        if self._snapshot_bytes > self.TELEMETRY_LIMIT_BYTES and self.has_its_share_waiting(row["device_id"]):
+            self.rows_dropped += 1
+            return False
+        self._count(row, 1)
+        self._snapshots.append(row)
+        self._call_for_telemetry()
+        return True
+
+    def _size_bytes(self, snapshot: Row) -> int:
+        return self.SNAPSHOT_OVERHEAD_BYTES + len(snapshot["state_data"])
+
+    def _count(self, snapshot: Row, factor: int) -> None:
+        """Count a snapshot and what it takes, or no longer takes where the factor is -1."""
+        size_bytes, device_id = factor * self._size_bytes(snapshot), snapshot["device_id"]
+        self._snapshot_count += factor
+        self._snapshot_bytes += size_bytes
+        self._shares[device_id] += size_bytes
+        if self._shares[device_id] <= 0:
+            del self._shares[device_id]
+
+    def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
+        """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
+        line: deque[Any] | list[Any] = self._snapshots if behind_snapshots else self._waiting
+        if not line or not isinstance(line[-1], asyncio.Future):  # else somebody stands here, for the same
+            line.append(asyncio.get_running_loop().create_future())
+        self._is_joined = True
+        self.call_writer()
+        written: asyncio.Future[None] = line[-1]
+        return written
+
+    def take(self) -> Batch:
+        """Everything for the next batch, of the snapshots the oldest BATCH_BYTES. It is in flight until `settle`."""
+        batch = Batch(
+            devices={device_id: device.row() for device_id, device in self._devices.items()},
+            commands=[command.row() for command in self._commands],
+            events=self._events,
+            waiting=self._waiting,
+        )
+        self._devices, self._events, self._waiting = {}, [], []
+        self._commands = Bounded(self.MAX_COMMANDS, self.COMMANDS_LIMIT_BYTES)
+        room_bytes = self.BATCH_BYTES
+        while self._snapshots and room_bytes > 0:
+            item = self._snapshots.popleft()
+            if isinstance(item, asyncio.Future):
+                batch.waiting.append(item)
+            else:
+                batch.snapshots.append(item)
+                room_bytes -= self._size_bytes(item)
+        self.silence_alarm()
+        if not self._snapshots:  # a backlog goes on at once
+            self.is_due.clear()
+            self._is_joined = False
+        self._telemetry_due_s = time.monotonic() + self._commit_interval_s
+        self.in_flight = batch
+        return batch
+
+    def settle(self) -> None:
+        """What was in flight is written."""
+        batch, self.in_flight = self.in_flight, Batch()
+        for row in batch.snapshots:
+            self._count(row, -1)
+        for waiting in batch.waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+
+
+class Reader:
+    """Questions to the database, a few at a time, each in a thread of its own. Belongs to the event loop."""
+
+    THREADS = 3  # so that a cheap question needn't wait for a dear one
+    BREAK_OFF_TIMEOUT_S = 1.0  # SQLite looks every 10,000 steps; only a disk that hangs takes longer
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._free = asyncio.Semaphore(self.THREADS)
+        self._asked: dict[asyncio.Future[list[Row]], threading.Event] = {}  # with what breaks each off
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
+        self.threads = ThreadPoolExecutor(self.THREADS, "store-reader")
+
+    async def ask(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
+        """Have a question answered. One whose asker is gone is broken off. Raises STORE_ERRORS."""
+        async with self._free:
+            while not self._may_ask.is_set():
+                await self._may_ask.wait()
+            is_over = threading.Event()
+            answer = asyncio.get_running_loop().run_in_executor(self.threads, self._database.read, ask, is_over.is_set)
+            self._asked[answer] = is_over
+            answer.add_done_callback(self._forget)
+            try:
+                return await asyncio.shield(answer)
+            except asyncio.CancelledError:
+                is_over.set()
+                await asyncio.wait((answer,), timeout=self.BREAK_OFF_TIMEOUT_S)
+                raise
+
+    def _forget(self, answer: asyncio.Future[list[Row]]) -> None:
+        del self._asked[answer]
+        if not answer.cancelled():
+            answer.exception()  # nobody may be there any more to be told
+
+    @contextlib.asynccontextmanager
+    async def silence(self) -> AsyncIterator[None]:
+        """While this lasts nobody reads: what is being answered is broken off, and what comes waits."""
+        self._may_ask.clear()
+        try:
+            for is_over in self._asked.values():
+                is_over.set()
+            if self._asked:
+                await asyncio.wait(self._asked)
+            yield
+        finally:
+            self._may_ask.set()
+
+
+class Writer:
+    """Hands what waits to its thread, one transaction at a time, and brings the file back whatever happens to it.
+
+    A batch that fails for the disk's sake is kept and tried again until it is in the file; a row that the database refuses
+    for its own sake is logged and left out, so that the rest gets in. Its state belongs to the event loop.
+    """
+
+    RETRY_S = 0.5  # after a batch that failed twice
+    STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
+
+    def __init__(self, database: Database, reader: Reader, backlog: Backlog) -> None:
+        self._database = database
+        self._reader = reader
+        self._backlog = backlog
+        self.deadline_s = math.inf  # of a stop, for what is queued
+        self.failure: str | None = None  # why writes fail, while they do
+        self._writing_since_s: float | None = None
+        self.rows_rejected = 0
+        self.rejected_commands: deque[str] = deque(maxlen=1000)  # the ids of the latest
+        self.on_restored: Callable[[Restored], None] = lambda restored: None  # called whenever a file was opened
+        self._has_been_open = False
+        self.commit_seconds = prometheus_client.Histogram(
+            "amhrpd_commit_seconds", "of a transaction", registry=None, buckets=BUCKETS_S
+        )
+        self.thread = ThreadPoolExecutor(1, "store-writer")
+
+    async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something in the writer's thread, between two batches. Raises what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work, *arguments)
+
+    def problem(self) -> str | None:
+        """Why nothing can be written now, if that is so."""
+        stalled_s = 0.0 if self._writing_since_s is None else time.monotonic() - self._writing_since_s
+        if self.failure is None and stalled_s > self.STALLED_S and not self._database.is_indexing:
+            return f"a write has been waiting for the disk for {stalled_s:.0f} s"
+        return self.failure
+
+    async def open_file(self) -> None:
+        """Open or create the file; what it has is told to `on_restored`. Raises StartError, STORE_ERRORS."""
+        rows = self._backlog.device_rows(self._backlog.known_devices)
+        online = [device_id for device_id, row in rows.items() if row["is_online"]]
+        async with self._reader.silence():
+            restored = await self.run(self._database.open, online if self._has_been_open else ())
+        self._has_been_open = True
+        if restored is not None:
+            self.on_restored(restored)
+
+    async def write_forever(self) -> None:
+        """Write until a stop, and then until nothing waits or its time is over."""
+        while self.deadline_s == math.inf or self._backlog.rows_waiting or self._backlog.is_due.is_set():
+            if self.deadline_s == math.inf:
+                await self._backlog.is_due.wait()
+            if not await self._commit_stubbornly(self._backlog.take()):
+                log.error("rows_lost", rows=self._backlog.rows_waiting, reason=self.failure)
+                return
+            self._backlog.settle()
+
+    async def _commit_stubbornly(self, batch: Batch) -> bool:
+        """Commit the batch: again at once where it fails, then however long that takes. False where a stop gave up on it."""
+        while True:
+            self._writing_since_s = time.monotonic()
+            pause_s = 0.0 if self.failure is None else self.RETRY_S
+            try:
+                await self._commit(batch)
+                if self.failure is not None:
+                    log.warning("database_writes_resumed", rows_waiting=self._backlog.rows_waiting)
+                self.failure = None
+                return True
+            except (*STORE_ERRORS, StartError) as error:
+                if self.failure is None:
+                    log.error("database_write_failed", reason=cause_of(error), rows_waiting=self._backlog.rows_waiting)
+                self.failure = f"can't write the database: {cause_of(error)}"
+            finally:
+                self._writing_since_s = None
+            if self.deadline_s < math.inf and not batch:
+                return True
+            if time.monotonic() + pause_s > self.deadline_s:
+                return False
+            await asyncio.sleep(pause_s)
+
+    async def _commit(self, batch: Batch) -> None:
+        if not self._database.is_usable:  # the file that there is now may know none of the devices
+            await self.open_file()
+            batch.devices = self._backlog.device_rows(self._backlog.known_devices) | batch.devices
+        if not batch:
+            return
+        try:
+            with self.commit_seconds.time():
+                await self.run(self._database.commit, batch)
+        except sa.exc.StatementError as error:
+            if not is_fault_of_a_row(error):
+                raise
+            # Rows of devices that somebody deleted behind our back would be refused for ever.
+            owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
+            batch.devices = self._backlog.device_rows(owners) | batch.devices
+            refused = await self.run(self._database.commit_row_by_row, batch)
+            for table, row, reason in refused:
+                log.error("row_rejected", table=table, reason=reason, row=repr(row))
+                if table == "command_logs":
+                    self.rejected_commands.append(row["command_id"])
+            self.rows_rejected += len(refused)
+
+
+class Store:
+    """The database as the event loop sees it: what is put into `backlog` gets into the file, and what is read is all of it."""
+
+    READ_TIMEOUT_S = 20.0  # contract, section 6
+    FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
+    READS_WAITING = 64  # at some milliseconds each
+    DELETED_AT_ONCE = 50  # rows: of many devices, so each costs a page of an index; 500 tripled a command's p99
+    UPKEEP_INTERVAL_S = 60.0  # as many rows come meanwhile as a question about a time may have to look at in vain
+    TIDY_INTERVAL_S = 3600.0
+    INDEX_RETRY_S = 600.0  # until it finds a quiet moment that is long enough
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._database = Database(settings.database_path.absolute(), settings.min_free_mb << 20)
+        self._reader = Reader(self._database)
+        self.backlog = Backlog(settings.commit_interval_s)
+        self.writer = Writer(self._database, self._reader, self.backlog)
+        self._writing: asyncio.Task[None] | None = None
+        self._upkeep: asyncio.Task[None] | None = None
+        self._reads: set[asyncio.Timeout] = set()  # those under way
+        self._is_ending = False
+
+    # -- start and stop ------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open or create the file, begin to write, and look after it from then on.
+
+        Raises StartError where it can't be used, but for a full disk: then the writer goes on trying.
+        """
+        try:
+            await self.writer.open_file()
+        except (*STORE_ERRORS, StartError) as error:
+            problem = f"can't open the database {self._database.file.path}: {cause_of(error)}"
+            if isinstance(error, StartError) or not is_lack_of_room(error):
+                self._end_threads()
+                raise error if isinstance(error, StartError) else StartError(problem) from None
+            log.error("database_open_failed", reason=cause_of(error))
+            self.writer.failure = problem
+            self.backlog.call_writer()
+        self._writing = asyncio.create_task(self.writer.write_forever())
+        self._upkeep = asyncio.create_task(self._look_after_file())
+
+    def end_reads(self) -> None:
+        """Before a stop: break off what is read, and read no more."""
+        self._is_ending = True
+        for time_left in [time_left for time_left in self._reads if not time_left.expired()]:
+            time_left.reschedule(asyncio.get_running_loop().time())
+
+    async def close(self, timeout_s: float) -> bool:
+        """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
+        assert self._writing is not None
+        assert self._upkeep is not None
+        self.writer.deadline_s = time.monotonic() + timeout_s
+        self._upkeep.cancel()
+        is_clean = self.is_writer_alive
+        self.backlog.call_writer()
+        try:
+            async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
+                await asyncio.wait((self._writing,))
+                self.backlog.silence_alarm()
+                is_clean = is_clean and self._writing.exception() is None and self.backlog.rows_waiting == 0
+                async with self._reader.silence():
+                    await self.writer.run(self._database.close)
+        except TimeoutError:
+            is_clean = False
+            log.error("database_close_timeout", rows=self.backlog.rows_waiting, timeout_s=timeout_s)
+        except STORE_ERRORS as error:
+            is_clean = False
+            log.error("database_close_failed", reason=cause_of(error))
+        finally:
+            self._writing.cancel()
+            await asyncio.gather(self._writing, self._upkeep, return_exceptions=True)
+            self._end_threads()
+        return is_clean
+
+    def _end_threads(self) -> None:
+        self.writer.thread.shutdown(wait=False)
+        self._reader.threads.shutdown(wait=False)
+
+    # -- health --------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_writer_alive(self) -> bool:
+        """Whether the writer runs (it does while it waits for a disk that stalls)."""
+        return self._writing is not None and not self._writing.done()
+
+    def problem(self) -> str | None:
+        """Why nothing can be written now, if that is so."""
+        return self.writer.problem() if self.is_writer_alive else "the writer has died"
+
+    def figures(self) -> Row:
+        """What `GET /health` shows of it (contract, section 6); sizes only where they are known."""
+        return {
+            "database": self.problem() or "ok",
+            **self._database.room.sizes,
+            "rows_waiting": self.backlog.rows_waiting,
+            "rows_dropped": self.backlog.rows_dropped,
+            "rows_rejected": self.writer.rows_rejected,
+        }
+
+    @property
+    def notice(self) -> str | None:
+        """What people should know about the file."""
+        return self._database.notice
+
+    # -- waiting for what was put --------------------------------------------------------------------------------------
+
+    async def commit_command(self, command_id: str, command: Stored, timeout_s: float) -> bool:
+        """Write a command's row and wait until it is committed.
+
+        False after `timeout_s`, where the database refused the row, and at once when writes fail now.
+        """
+        self.backlog.put_command(command_id, command)
+        if self.problem() is not None:
+            return False
+        written = self.backlog.join(behind_snapshots=False)
+        await asyncio.wait((written,), timeout=timeout_s)
+        return written.done() and command_id not in self.writer.rejected_commands
+
+    async def flush(self) -> bool:
+        """Wait until everything put so far is committed. False after READ_TIMEOUT_S, sooner where writes fail now."""
+        if self.backlog.rows_waiting == 0:
+            return True
+        written = self.backlog.join(behind_snapshots=True)
+        timeout_s = self.READ_TIMEOUT_S if self.writer.failure is None else self.FAILING_READ_TIMEOUT_S
+        await asyncio.wait((written,), timeout=timeout_s)
+        return written.done()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    async def history(self, table: TableName, limit: int, **wanted: Any) -> list[Row]:
+        """Rows of a history, ready to encode: see Database's `newest`. Raises GatewayError, see `_read`."""
+        return await self._read(table, lambda tables: self._database.newest(tables, table, limit, **wanted))
+
+    async def command(self, command_id: str) -> Row | None:
+        """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
+        rows = await self._read("command_logs", lambda tables: tables["command_logs"].find(command_id=command_id))
+        return rows[0] if rows else None
+
+    async def device(self, device_id: str) -> Row | None:
+        """The row of a device, as in Restored, or None. Raises GatewayError, see `_read`."""
+        rows = await self._read("devices", lambda tables: tables["devices"].find(device_id=device_id))
+        return rows[0] if rows else None
+
+    async def _read(self, table: TableName, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
+        """Ask for rows of a table in a reader's thread, after all that was put so far is in the file.
+
+        Raises STORE_UNAVAILABLE where that can't be done in time, RESOURCE_EXHAUSTED where too many wait already, STOPPING.
+        """
+        if len(self._reads) >= self.READS_WAITING:
+            raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.READS_WAITING} queries are waiting already")
+        show = functools.partial(restorable if table == "devices" else presentable, table)
+        time_left = asyncio.timeout(0.0 if self._is_ending else self.READ_TIMEOUT_S)
+        self._reads.add(time_left)
+        too_slow = "the database is too slow at the moment"
+        try:
+            async with time_left:
+                if not await self.flush():
+                    raise GatewayError(Code.STORE_UNAVAILABLE, self.writer.failure or too_slow)
+                return await self._reader.ask(lambda tables: map(show, ask(tables)))
+        except TimeoutError:
+            if self._is_ending:
+                raise GatewayError(Code.STOPPING, "the gateway is going down") from None
+            raise GatewayError(Code.STORE_UNAVAILABLE, too_slow) from None
+        except STORE_ERRORS as error:
+            self._call_writer_if_unusable()
+            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
+        finally:
+            self._reads.discard(time_left)
+
+    def _call_writer_if_unusable(self) -> None:
+        """Have the file opened anew where what just failed says so."""
+        if not self._database.is_usable:
+            self.backlog.call_writer()
+
+    # -- deleting, and looking after the file --------------------------------------------------------------------------
+
+    async def delete_device(self, device_id: str, is_back: Callable[[], bool]) -> dict[str, int]:
+        """Delete a device's snapshots, its connection history and then itself, in steps between batches.
+
+        Nothing of it may be queued. Ends early where it is back meanwhile. Returns how many snapshots and events it were.
+        Raises STORE_UNAVAILABLE.
+        """
+        deleted: dict[TableName, int] = {"device_state_snapshots": 0, "device_connection_logs": 0, "devices": 0}
+        try:
+            for table in deleted:
+                count = limit = self.DELETED_AT_ONCE
+                while count == limit and not is_back():
+                    async with asyncio.timeout(self.READ_TIMEOUT_S):
+                        count = await self.writer.run(self._database.delete_of_device, table, device_id, limit)
+                    deleted[table] += count
+        except STORE_ERRORS as error:
+            self._call_writer_if_unusable()
+            raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
+        return {"snapshots": deleted["device_state_snapshots"], "events": deleted["device_connection_logs"]}
+
+    async def _look_after_file(self) -> None:
+        """Check a large file, follow the histories with their surveys, create indexes that lack, delete what is too old."""
+        tidied_s = index_tried_s = -math.inf
+        while True:
+            now_s = time.monotonic()
+            try:
+                await self.writer.run(self._database.room.look)
+                for table in HISTORIES:
+                    await self._survey(table)
+                if now_s - index_tried_s >= self.INDEX_RETRY_S:
+                    index_tried_s = now_s
+                    await self._create_missing_indexes()
+                if self._settings.keep_days and now_s - tidied_s >= self.TIDY_INTERVAL_S:
+                    tidied_s = now_s
+                    await self._tidy()
+                await self._check()
+            except STORE_ERRORS as error:
+                log.warning("file_not_looked_after", reason=cause_of(error))
+                self._call_writer_if_unusable()
+            except Exception:
+                log.exception("file_not_looked_after")
+            await asyncio.sleep(self.UPKEEP_INTERVAL_S)
+
+    async def _check(self) -> None:
+        """Look for damage in a large file that was opened, once, while it serves."""
+        is_over = threading.Event()
+        try:
+            await asyncio.to_thread(self._database.file.check, is_over.is_set)
+        finally:
+            is_over.set()
+        self._call_writer_if_unusable()
+
+    async def _survey(self, table: TableName) -> None:
+        is_behind = True
+        while is_behind:
+            async with asyncio.timeout(self.READ_TIMEOUT_S):
+                is_behind = bool(await self._reader.ask(self._database.surveys[table].extend))
+            if is_behind:
+                await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
+
+    async def _create_missing_indexes(self) -> None:
+        """Telemetry waits in memory meanwhile. What somebody waits for ends it, and it is begun anew another time."""
+        try:
+            while name := await self.writer.run(self._database.create_missing_index, self._gives_way):
+                log.info("index_created", index=name)
+        except sa.exc.OperationalError as error:
+            if sqlite_code(error) != sqlite3.SQLITE_INTERRUPT:
+                raise
+            log.debug("index_postponed", retry_s=self.INDEX_RETRY_S)
+
+    def _gives_way(self) -> bool:
+        return self.backlog.is_awaited or self.writer.deadline_s < math.inf
+
+    async def _tidy(self) -> None:
+        """Delete what is older than `keep_days`, in steps between batches."""
+        before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
+        for table in HISTORIES:
+            limit = self.DELETED_AT_ONCE
+            while await self.writer.run(self._database.delete_before, table, before, limit) == limit:
+                await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
+
+
+# ======================================================================================================================
+# Devices
+# ======================================================================================================================
+
+CLOSE_REPLACED = 4000  # contract, section 3
+CLOSE_TIMED_OUT = 4001
+
+
 class Connection(ABC):
     """One board's connection, from the handshake to its end. A newer one has a higher `serial`."""
 
@@ -2076,7 +2102,8 @@ class Connection(ABC):
         self.peer = peer
         self.device: Device | None = None  # once registered
         self.opened_s = time.monotonic()
-        self.last_message_s = self.heard_s = self.opened_s  # `heard_s` counts pongs, too
+        self.last_message_s = self.opened_s  # that was accepted
+        self.heard_s = self.opened_s  # the same with pongs
         self.pinged_s: float | None = None  # when the ping went out whose pong hasn't come yet
         self.has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
 
@@ -2188,8 +2215,11 @@ class Registry:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._devices: dict[str, Device] = {}
+        store.backlog.known_devices = self._devices
         self.contents: Bounded[Device] = Bounded(self.MAX_DEVICES, self.MAX_CONTENT_BYTES)  # their states and metadata
         self.forgotten = 0  # devices that made room for newer ones, and are only in the file
+        self._is_complete = False  # there is no device that only the file knows
+        self._being_deleted: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._devices)
@@ -2217,10 +2247,25 @@ class Registry:
         types = {device.device_type for device in devices}
         return types.pop() if len(types) == 1 else EVERY_TYPE
 
+    def take_up(self, rows: Collection[Row]) -> None:
+        """Know the devices of a file, see Restored; they are offline, but for those that came meanwhile."""
+        self._is_complete = len(rows) < RESTORED_DEVICES
+        for row in rows:
+            device = self.find(row["device_id"])
+            if device is None:
+                self.know(Device.restore(row))
+            elif device.metadata is None:
+                device.metadata = row["metadata_json"]
+                self.keep_content(device)
+
     async def look_up(self, device_id: str) -> Device:
         """The device, from the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
         device = self.find(device_id)
-        if self.forgotten if device is None else device.metadata is None:
+        if device is None:
+            may_file_say_more = not self._is_complete and device_id not in self._being_deleted
+        else:
+            may_file_say_more = device.metadata is None
+        if may_file_say_more:
             with contextlib.suppress(GatewayError, TimeoutError):
                 async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
                     row = await self._store.device(device_id)
@@ -2233,55 +2278,73 @@ class Registry:
             raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
         return device
 
+    async def look_up_all(self, device_ids: Iterable[str]) -> dict[str, Device | None]:
+        """The devices with these ids; None where one was never seen, or can't be looked up in LOOKUP_TIMEOUT_S."""
+        found = {device_id: self.find(device_id) for device_id in device_ids}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
+                for device_id in [device_id for device_id, device in found.items() if device is None]:
+                    with contextlib.suppress(GatewayError):
+                        found[device_id] = await self.look_up(device_id)
+        return found
+
     def know(self, device: Device) -> None:
         """Take a device in. The one that was longest away makes room, where it has to."""
         self._devices[device.device_id] = device
-        self._store.know_device(device.device_id, device)
         self.keep_content(device)
         if len(self._devices) > self.MAX_DEVICES:
             idle = (other for other in self._devices.values() if not (other.is_online or other.deadman or other is device))
             if (oldest := min(idle, key=lambda other: other.last_heartbeat or other.connected_at, default=None)) is not None:
                 self.forgotten += 1
+                self._is_complete = False
                 self._forget(oldest)
 
     def _forget(self, device: Device) -> None:
         self._devices.pop(device.device_id, None)
         self.contents.pop(device.device_id)
-        self._store.forget_device(device.device_id)
 
     async def delete(self, device: Device) -> dict[str, int]:
         """Forget a device that is offline, its snapshots and its connection history: how many of each.
 
-        Raises DEVICE_ONLINE, STORE_UNAVAILABLE.
+        Raises DEVICE_NOT_FOUND where another caller was first, DEVICE_ONLINE also where it comes back meanwhile, and
+        STORE_UNAVAILABLE.
         """
-        is_flushed = device.is_online or await self._store.flush(self._store.READ_TIMEOUT_S)
+        device_id = device.device_id
+        is_queued = not device.is_online
+        while is_queued and not device.is_online:  # what is queued of it would be written after it is gone
+            if not await self._store.flush():
+                raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete anything while the database can't be written")
+            is_queued = self._store.backlog.is_device_waiting(device_id)
         if device.is_online:
-            raise GatewayError(
-                Code.DEVICE_ONLINE, f"device {device.device_id!r} is online; only one that is offline can be deleted"
-            )
-        if not is_flushed:  # what is queued of it would be written after it is gone
-            raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete anything while the database can't be written")
+            raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} is online; only one that is offline can be deleted")
+        if self.find(device_id) is not device:
+            raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id!r} was deleted already")
         self._forget(device)
+        self._being_deleted.add(device_id)
         try:
-            deleted = await self._store.delete_device(device.device_id, lambda: self.find(device.device_id) is not None)
+            deleted = await self._store.delete_device(device_id, lambda: self.find(device_id) is not None)
         except GatewayError:  # what is left of it is still known
-            if self.find(device.device_id) is None:
+            if self.find(device_id) is None:
                 self.know(device)
             raise
-        log.info("device_deleted", device_id=device.device_id, **deleted)
+        finally:
+            self._being_deleted.discard(device_id)
+        log.info("device_deleted", device_id=device_id, **deleted)
+        if self.find(device_id) is not None:
+            raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} came back; a part of its history is deleted")
         return deleted
 
     def keep_content(self, device: Device) -> None:
         """Count what a device's state and metadata take now. Those that changed longest ago make room."""
         for other in self.contents.put(device.device_id, device, device.content_bytes):
             other.state = None
-            if not self._store.is_device_waiting(other.device_id):  # else the file hasn't got its metadata yet
+            if not self._store.backlog.is_device_waiting(other.device_id):  # else the file hasn't got its metadata yet
                 other.metadata = None
 
     def save(self, device: Device, *, urgent: bool = True) -> None:
-        """Have the store write a device's row; see Store.put_device."""
+        """Have the store write a device's row; see Backlog."""
         device.saved_s = time.monotonic()
-        self._store.put_device(device.device_id, device, urgent=urgent)
+        self._store.backlog.put_device(device.device_id, device, urgent=urgent)
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
@@ -2290,7 +2353,7 @@ class Registry:
         now = utc_now()
         device = self.find(connection.device_id)
         if device is None:
-            device = Device(connection.device_id, device_type, connected_at=now)
+            device = Device(connection.device_id, device_type, now, metadata="{}" if self._is_complete else None)
             self.know(device)
         is_logged = device.connection is None or self._replace(device, device.connection, connection, now)
         device.device_type = device_type
@@ -2345,7 +2408,7 @@ class Registry:
             "details": to_json(details),
         }
         log.info(f"device_{event}", device_id=device.device_id, **details)
-        if not self._store.put_event(row):
+        if not self._store.backlog.put_event(row):
             log.warning("event_dropped", device_id=device.device_id, dropped=event)
 
 
@@ -2471,9 +2534,10 @@ class Command:
         return True
 
     def _keep_answer(self, device_id: str, answer: object) -> None:
+        before_bytes = len(self.answers[device_id]) if device_id in self.answers else -self.ANSWER_OVERHEAD_BYTES
         encoded = to_json(answer).encode()
         self.answers[device_id] = msgspec.Raw(encoded)
-        self.answer_bytes += self.ANSWER_OVERHEAD_BYTES + len(encoded)
+        self.answer_bytes += len(encoded) - before_bytes
 
     def cancel_expiry(self) -> None:
         """Its time is not limited any more."""
@@ -2551,27 +2615,16 @@ class Commands:
         self.open: Bounded[Command] = Bounded(self.MAX_OPEN, self.MAX_CONTENT_BYTES)
         self._closed: Bounded[Command] = Bounded(self.MAX_CLOSED, self.MAX_CONTENT_BYTES)
 
-    def add(self, command: Command) -> list[Command]:
-        """Take a command in. Returns open ones, the oldest, that have to end early to make room."""
+    def keep(self, command: Command) -> list[Command]:
+        """Know a command, as large as it is now. Returns open ones, the oldest, that have to end early to make room."""
         if command.is_open:
-            return self.open.put(command.command_id, command, command.content_bytes)
+            return self.open.put(command.command_id, command, command.content_bytes, is_news=False)
         self.close(command)
         return []
 
     def find(self, command_id: str) -> Command | None:
         """The command, open or closed lately, or None."""
         return self.open.get(command_id) or self._closed.get(command_id)
-
-    def record_answer(self, command: Command, device_id: str, ack: CommandAck) -> bool:
-        """See Command. It is closed with its last answer; where answers take too much, they are counted without payload."""
-        if command.answer_bytes > self.MAX_CONTENT_BYTES // 2:
-            ack.payload = None
-        is_new = command.record_answer(device_id, ack)
-        if command.is_open:
-            self.open.put(command.command_id, command, command.content_bytes, is_news=False)
-        else:
-            self.close(command)
-        return is_new
 
     def close(self, command: Command) -> None:
         """Keep a command for late answers only."""
@@ -2716,9 +2769,10 @@ class Events:
 
     async def follow(self, listener: Listener, last_event_id: str | None) -> AsyncIterator[bytes]:
         """What happens from now on, or after the event that the listener had last, in pieces. Ends when the gateway stops."""
-        run, _, number = (last_event_id or "").rpartition("-")
-        is_known = run == self._run and number.isdecimal() and self._last - len(self._ring) <= int(number) <= self._last
-        listener.seen = int(number) if is_known else self._last
+        run, _, digits = (last_event_id or "").rpartition("-")
+        number = int(digits) if run == self._run and re.fullmatch("[0-9]{1,18}", digits) else -1
+        is_known = self._last - len(self._ring) <= number <= self._last
+        listener.seen = number if is_known else self._last
         reset = "" if is_known or last_event_id is None else "event: reset\ndata: {}\n"
         yield f"retry: 1000\nid: {self._run}-{listener.seen}\n{reset}\n".encode()  # an id to come back with before any event
         while True:
@@ -2797,8 +2851,8 @@ class Dispatch:
         A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. Raises DEVICE_NOT_FOUND,
         INVALID_FIELD_VALUE, PAYLOAD_TOO_LARGE.
         """
-        device_type, targets = self._targets(request)
-        if request.deadman is not None:  # a bad one is refused whole
+        device_type, targets = await self._targets(request)
+        if request.deadman is not None:  # one that boards can't take is refused whole
             self._build(device_type, request.deadman.command_name, request.deadman.payload, targets).frame()
         command = self._build(device_type, request.command_name, request.payload, targets)
         command.timeout_s = float(request.timeout or command.timeout_s)
@@ -2820,7 +2874,7 @@ class Dispatch:
         )
 
     def _save(self, command: Command) -> None:
-        self._store.put_command(command.command_id, command)
+        self._store.backlog.put_command(command.command_id, command)
         device_ids = command.answers if command.recipients is None else command.recipients
         self._events.tell("command", command.device_type, device_ids, command.shown, of=command.command_id)
 
@@ -2831,7 +2885,10 @@ class Dispatch:
             self.ended[NO_DEVICES] += 1
             return
         self._expire_later(command, self.PERSIST_TIMEOUT_S + command.timeout_s)
-        for oldest in self.commands.add(command):
+        self._keep(command)
+
+    def _keep(self, command: Command) -> None:
+        for oldest in self.commands.keep(command):
             log.warning("open_command_ended_early", command_id=oldest.command_id, reason="newer ones need its place")
             self._expire(oldest)
 
@@ -2839,9 +2896,9 @@ class Dispatch:
         """Know a command of an earlier run. What was open is open again, for the default timeout."""
         if self.commands.find(row["command_id"]) is None:
             command = Command.restore(row, self._settings.command_timeout_s)
-            self.commands.add(command)
             if command.is_open:
                 self._expire_later(command, command.timeout_s)
+            self._keep(command)
 
     async def wait_for_answers(self, command: Command, timeout_s: float) -> None:
         """Return when the command is finished, the time is over, or the gateway stops."""
@@ -2856,13 +2913,13 @@ class Dispatch:
         # What the caller is told of has to outlast a crash.
         command.is_persisted = await self._store.commit_command(command.command_id, command, self.PERSIST_TIMEOUT_S)
 
-    def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
+    async def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
         """The type of the row, and the devices that are online of those that are meant."""
         if request.device_id is None:
             assert request.device_type is not None
             wanted = None if request.device_type == EVERY_TYPE else request.device_type
             return request.device_type, self._registry.matching(wanted, is_online=True)
-        found = {device_id: self._registry.find(device_id) for device_id in request.device_id}
+        found = await self._registry.look_up_all(request.device_id)
         if unknown := [device_id for device_id, device in found.items() if device is None]:
             raise GatewayError(Code.DEVICE_NOT_FOUND, f"never seen: {', '.join(unknown)[:300]}")
         devices = [device for device in found.values() if device is not None]
@@ -2881,15 +2938,22 @@ class Dispatch:
             return f"offline: {', '.join(offline)}" if offline else "none of them takes what it is sent"
         return f"no device of type {request.device_type} is online; types known: {self._registry.types() or 'none yet'}"
 
-    async def _send(self, command: Command, frame: str, targets: Collection[Device], *, is_deadmans: bool = False) -> None:
-        """Send a command to its targets, all at once, and save what became of it. At a stop only those of deadmen go."""
+    async def _send(
+        self, command: Command, frame: str, targets: Collection[Device], *, armed_by: Command | None = None
+    ) -> None:
+        """Send a command to its targets, all at once, and save what became of it.
+
+        A deadman's, which another command armed, goes at a stop too, and waits for who doesn't take frames just now.
+        """
         assert command.recipients is not None
         for number, device in enumerate(targets, start=1):
             # Noted before the frame goes: the fastest boards answer within 2 ms.
             command.recipients.add(device.device_id)
-            may_go = is_deadmans or not self._is_stopping
+            may_go = armed_by is not None or not self._is_stopping
             if may_go and device.connection is not None and await device.connection.send(frame):
                 self.disarm(device)
+                if armed_by is not None:
+                    device.unconfirmed = ArmedDeadman.due_in(armed_by, 0)
                 if command.deadman is not None:
                     self.arm(device, ArmedDeadman.due_in(command, command.deadman.after))
                 if command.status == CREATED:
@@ -2897,6 +2961,8 @@ class Dispatch:
                 command.executed_at = command.executed_at or utc_now()
             else:
                 command.recipients.discard(device.device_id)
+                if armed_by is not None and device.deadman is None:
+                    self.arm(device, ArmedDeadman.due_in(armed_by, 0))
                 log.warning("command_not_taken", device_id=device.device_id, command=command.command_id)
             if number % self.TURN_TARGETS == 0:
                 await asyncio.sleep(0)
@@ -2926,7 +2992,10 @@ class Dispatch:
         if command is None or not command.may_be_answered_by(device):
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
         was_open, was_complete = command.is_open, command.completed_at is not None
-        if self.commands.record_answer(command, device.device_id, message):
+        if command.answer_bytes > Commands.MAX_CONTENT_BYTES // 2:
+            message.payload = None  # counted all the same
+        if command.record_answer(device.device_id, message):
+            self._keep(command)
             if was_open and not command.is_open:
                 self.ended[command.status] += 1
             if command.completed_at is not None and not was_complete and command.recipients is not None:
@@ -2961,7 +3030,8 @@ class Dispatch:
     def disarm(self, device: Device) -> None:
         """Nothing is due to the device any more."""
         device.deadman = device.unconfirmed = None
-        self._deadmen.pop(device.device_id, None)
+        if self._deadmen.get(device.device_id) is device:  # another device may have come under the id of a deleted one
+            del self._deadmen[device.device_id]
 
     def fire_due(self, *, is_stopping: bool = False) -> None:
         """Send what is due, at a stop whatever is armed: one command for all devices that are due by the same one.
@@ -2993,16 +3063,10 @@ class Dispatch:
     async def _fire(self, armed_by: Command, devices: list[Device]) -> None:
         """Stopping a robot waits for no disk: the frames go first, and the row follows."""
         assert armed_by.deadman is not None
-        device_type, deadman = self._registry.type_of(devices), armed_by.deadman
-        command = self._build(device_type, deadman.command_name, deadman.payload, devices)
+        command = self._build(armed_by.device_type, armed_by.deadman.command_name, armed_by.deadman.payload, devices)
         log.warning("deadman_fired", command_id=command.command_id, armed_by=armed_by.command_id, targets=len(devices))
         self._enter(command)
-        await self._send(command, command.frame(), devices, is_deadmans=True)
-        for device in devices:
-            if command.recipients is not None and device.device_id in command.recipients:
-                device.unconfirmed = ArmedDeadman.due_in(armed_by, 0)
-            elif device.deadman is None:
-                self.arm(device, ArmedDeadman.due_in(armed_by, 0))  # for when it takes frames again
+        await self._send(command, command.frame(), devices, armed_by=armed_by)
 
     def fire_what_waits_for(self, device: Device) -> None:
         """A device is back: what fired into a connection that then was lost without a word may not have arrived."""
@@ -3015,7 +3079,9 @@ class Dispatch:
         """Send every armed deadman, and await no more answers. What was under way drives nobody on behind that."""
         self._is_stopping = True
         self.fire_due(is_stopping=True)
-        await asyncio.gather(*self._firing)
+        for problem in await asyncio.gather(*self._firing, return_exceptions=True):
+            if problem is not None:
+                log.error("deadman_failed", exc_info=problem)
         self.commands.release_all()
 
 
@@ -3035,6 +3101,7 @@ class Gateway:
         self.ping_interval_s = settings.ping_interval_s
         self._store = store
         self.registry = Registry(store)
+        store.writer.on_restored = self.take_up
         self.events = Events()
         self.dispatch = Dispatch(settings, store, self.registry, self.events)
         self.is_stopping = False
@@ -3052,9 +3119,7 @@ class Gateway:
 
     def take_up(self, restored: Restored) -> None:
         """Know what a file has: its devices, which are offline, and its open commands, which are open again."""
-        for row in restored.devices:
-            if self.registry.find(row["device_id"]) is None:
-                self.registry.know(Device.restore(row))
+        self.registry.take_up(restored.devices)
         for row in restored.commands:
             self.dispatch.take_up(row)
         if restored.devices or restored.commands:
@@ -3083,8 +3148,11 @@ class Gateway:
         Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
         """
         device = await self.registry.look_up(device_id)
-        deleted = await self.registry.delete(device)
-        self.dispatch.disarm(device)
+        try:
+            deleted = await self.registry.delete(device)
+        finally:
+            if self.registry.find(device_id) is not device:
+                self.dispatch.disarm(device)
         self._tell_of(device, "device", lambda: {"device_id": device_id, "deleted": True})
         return deleted
 
@@ -3178,7 +3246,7 @@ class Gateway:
             "state_data": device.state,
             "timestamp": stored_time(now),
         }
-        if not self._store.put_snapshot(row):
+        if not self._store.backlog.put_snapshot(row):
             log.warning("snapshots_dropped", device_id=device.device_id)
         self._tell_of(device, "state", device.state_record)
 
@@ -3202,8 +3270,10 @@ class Gateway:
         """What a board that floods owes the others: its turn, and a disk that keeps up."""
         async with self._lane:
             await asyncio.sleep(self.LANE_PAUSE_S)
-        if self._store.has_its_share_waiting(device_id):
-            await self._store.flush(Dispatch.PERSIST_TIMEOUT_S)
+        if self._store.backlog.has_its_share_waiting(device_id):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(Dispatch.PERSIST_TIMEOUT_S):
+                    await self._store.flush()
 
     # -- regular upkeep ------------------------------------------------------------------------------------------------
 
@@ -3212,8 +3282,6 @@ class Gateway:
 
         Time in which the gateway itself stood still is nobody's silence: what is on its way is read first.
         """
-        if (restored := self._store.take_restored()) is not None:
-            self.take_up(restored)
         now_s = time.monotonic()
         late_s = max(0.0, now_s - self._swept_s - interval_s)
         stood_still_s = late_s if late_s > interval_s else 0.0
@@ -3229,7 +3297,11 @@ class Gateway:
 
     async def _look_after(self, connection: Connection, now_s: float) -> None:
         device, silent_s = connection.device, now_s - connection.last_message_s
-        if connection.pinged_s is not None and now_s - connection.pinged_s > self.ping_interval_s / 2:
+        registration_timeout_s = self._settings.registration_timeout_s
+        if device is None and silent_s > registration_timeout_s:
+            log.info("never_registered", device_id=connection.device_id, peer=connection.peer)
+            self.end(connection, CLOSE_TIMED_OUT, f"not registered within {registration_timeout_s:g} s")
+        elif connection.pinged_s is not None and now_s - connection.pinged_s > self.ping_interval_s / 2:
             self.end(connection, CLOSE_TIMED_OUT, "no answer to pings", event=TIMEOUT)
         elif connection.has_heartbeat and silent_s > self._settings.heartbeat_timeout_s:
             self.end(connection, CLOSE_TIMED_OUT, f"nothing came for {silent_s:.0f} s", event=TIMEOUT)
@@ -3243,10 +3315,9 @@ class Gateway:
 
     def health(self) -> Row:
         """What `GET /health` answers (contract, section 6), from memory."""
-        store = self._store.health()
-        commands = self.dispatch.commands
+        commands, problem = self.dispatch.commands, self._store.problem()
         health: Row = {
-            "status": "ok" if store.reason is None else "degraded",
+            "status": "ok" if problem is None else "degraded",
             "app": "AMHR-PD",
             "version": VERSION,
             "timestamp": format_time(utc_now()),
@@ -3254,18 +3325,14 @@ class Gateway:
             "devices_online": len(self.registry.matching(is_online=True)),
             "devices_total": len(self.registry),
             "open_commands": len(commands.open),
-            "database": store.reason or "ok",
-            **store.sizes,
-            "rows_waiting": store.rows_waiting,
-            "rows_dropped": store.rows_dropped,
-            "rows_rejected": store.rows_rejected,
+            **self._store.figures(),
         }
         gave_way = {
             "devices": self.registry.forgotten,
             "states": self.registry.contents.gave_way,
             "open_commands": commands.open.gave_way,
         }
-        news = {"gave_way": gave_way if any(gave_way.values()) else None, "notice": store.notice}
+        news = {"gave_way": gave_way if any(gave_way.values()) else None, "notice": self._store.notice}
         return health | {name: value for name, value in news.items() if value is not None}
 
 
@@ -3316,9 +3383,9 @@ class DeviceSocket(Connection):
         super().__init__(request.match_info["device_id"], peer_of(request))
         self._gateway = gateway
         self._on_whole = on_whole
-        self._registration_timeout_s = settings.registration_timeout_s
         self._request = request
         self._farewell: tuple[str, int, str] | None = None  # event, code, reason
+        self._has_said_goodbye = False
         self._close_code: int | None = None  # of a close that came from the other side, or from what it sent
         self._receiving: asyncio.Timeout | None = None
         self._allowance = self.ALLOWANCE
@@ -3335,7 +3402,6 @@ class DeviceSocket(Connection):
     async def serve(self) -> web.WebSocketResponse:
         """Do the handshake and serve the connection until it ends."""
         await self._socket.prepare(self._request)
-        deadline = asyncio.get_running_loop().call_later(self._registration_timeout_s, self._check_registered)
         try:
             await self._gateway.opened(self)
             if self._farewell is None:
@@ -3350,7 +3416,6 @@ class DeviceSocket(Connection):
             with contextlib.suppress(TimeoutError, ConnectionError):
                 await self._say_goodbye()
         finally:
-            deadline.cancel()
             if self._request.transport is not None:
                 self._request.transport.close()
             self._gateway.closed(self, *self._ending())
@@ -3404,6 +3469,7 @@ class DeviceSocket(Connection):
         """Send the close frame, and go on listening until the board's echo: an answer that was on its way still counts."""
         assert self._farewell is not None
         _, code, reason = self._farewell
+        self._has_said_goodbye = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.CLOSE_TIMEOUT_S):
                 await self._socket.send_frame(struct.pack("!H", code) + reason.encode()[:123], WSMsgType.CLOSE)
@@ -3414,11 +3480,6 @@ class DeviceSocket(Connection):
         if self._farewell is not None:
             return self._farewell
         return DISCONNECTED, self._close_code, self.ENDINGS.get(self._close_code, "closed by the device")
-
-    def _check_registered(self) -> None:
-        if self.device is None and self._farewell is None:
-            log.info("never_registered", device_id=self.device_id, peer=self.peer)
-            self._gateway.end(self, CLOSE_TIMED_OUT, f"not registered within {self._registration_timeout_s:g} s")
 
     async def _receive(self) -> None:
         """Receive until the connection ends."""
@@ -3434,7 +3495,8 @@ class DeviceSocket(Connection):
                 case WSMsgType.PING:
                     await self._socket.pong(frame.data)
                 case WSMsgType.PONG:
-                    self._gateway.note_activity(self, utc_now())
+                    if self._farewell is None:
+                        self._gateway.note_activity(self, utc_now())
                 case WSMsgType.CLOSE:
                     if self._farewell is None:
                         self._close_code = frame.data or NO_STATUS_RECEIVED
@@ -3470,17 +3532,18 @@ class DeviceSocket(Connection):
         transport = self._request.transport
         is_fast = self._gateway.may_be_fast(self, says_much=size_bytes >= TINY_BYTES)
         read_at_once(transport, READ_BYTES if is_fast else READ_OF_TINY_BYTES)
-        if transport is None or not transport.is_reading():
-            transport = None  # the library holds it up itself
-        else:
+        is_held_up = transport is None or not transport.is_reading()  # by the library
+        if transport is not None and not is_held_up:
             transport.pause_reading()  # what waits, waits at the board
-        await self._gateway.take_turn(self.device_id)
-        if transport is not None:
-            transport.resume_reading()
+        try:
+            await self._gateway.take_turn(self.device_id)
+        finally:
+            if transport is not None and not is_held_up:
+                transport.resume_reading()
         self._turn_ends_s = time.monotonic() + self.TURN_S
 
     async def _refuse(self, error: GatewayError) -> None:
-        if self._farewell is not None and self.device is not None:
+        if self._has_said_goodbye:  # nothing may follow a close frame (RFC 6455, section 5.5.1)
             return
         text = str(error)
         self._gateway.refused[error.code.name] += 1
@@ -4846,7 +4909,7 @@ class Metrics:
         yield self._counts("messages", "Messages of boards that were accepted.", "type", messages)
         yield self._counts("refusals", "Messages and requests that were refused.", "code", gateway.refused)
         yield self._counts("commands", "Commands that ended.", "status", gateway.dispatch.ended)
-        for histogram in (gateway.dispatch.answer_seconds, self._store.commit_seconds, gateway.loop_late_s):
+        for histogram in (gateway.dispatch.answer_seconds, self._store.writer.commit_seconds, gateway.loop_late_s):
             yield from histogram.collect()
 
     def _counts(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> prometheus.Metric:
@@ -5388,7 +5451,7 @@ def page_urls(scheme: str, listener: asyncio.Server) -> str:
 def own_addresses() -> list[str]:
     """The machine's IPv4 addresses; the loopback's if it has no other."""
     found: list[str] = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for interface in sorted(Path("/sys/class/net").iterdir()):  # if_nameindex() takes netlink, which the unit forbids
             with contextlib.suppress(OSError):  # an interface without an address
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.name.encode()))
@@ -5420,8 +5483,6 @@ def build_app(settings: Settings) -> web.Application:
 
     async def run_store(_: web.Application) -> AsyncIterator[None]:
         await store.open()
-        if (restored := store.take_restored()) is not None:
-            gateway.take_up(restored)
         yield
         if not await store.close(STORE_CLOSE_TIMEOUT_S):
             raise GatewayError(Code.STORE_UNAVAILABLE, "not all that was queued could be written")

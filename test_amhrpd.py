@@ -1030,6 +1030,29 @@ async def test_armed_deadmen_are_sent_before_the_close_frames_of_a_stop(database
 
 
 @in_a_loop
+async def test_largest_deadman_that_is_taken_is_sent_whatever_the_types_are(database: Path) -> None:
+    def driving_all(size: int, after: float) -> dict[str, Any]:
+        deadman = {"after": after, "command_name": "stop", "payload": {"x": "x" * size}}
+        return {"device_type": "*", "command_name": "forward", "deadman": deadman}
+
+    async with contextlib.AsyncExitStack() as outlive:
+        client = await outlive.enter_async_context(gateway_on(database))
+        board = await connect(client.port, "a")
+        await say(board, "registration", device_type="a type of a board with a rather long name")
+        await eventually(lambda: client.is_online("a"))
+        size = 15_300
+        while (await client.ask("POST", "/command", json=driving_all(size, 0.2)))[0] == 413:
+            size -= 1
+        assert [(await hear(board, "command"))["command_name"] for _ in range(2)] == ["forward", "stop"]
+        await client.post("/command", driving_all(size, 60))
+        assert (await hear(board, "command"))["command_name"] == "forward"
+        async with background(outlive.aclose()) as (stop,):
+            assert (await hear(board, "command"))["command_name"] == "stop"
+            assert await closed_with(board) == 1001
+            await stop
+
+
+@in_a_loop
 async def test_deadman_waits_for_no_disk(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a") as board:
         answer = await client.post("/command", driving(0.5, "a"))
@@ -1152,6 +1175,28 @@ async def test_device_is_not_forgotten_while_something_of_it_waits(database: Pat
         deleted = {"device_id": "a", "deleted": {"snapshots": 1, "events": 4}}
         assert await client.ask("DELETE", "/devices/a") == (200, deleted)
         assert (await client.get("/health"))["rows_rejected"] == 0
+
+
+@in_a_loop
+async def test_device_that_comes_back_while_it_is_forgotten_is_there(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 1)
+    async with gateway_on(database) as client:
+        async with client.board("a") as board:
+            for number in range(1000):
+                await say(board, "status", payload={"n": number})
+            await eventually(lambda: state_is(client, "a", {"n": 999}))
+        await eventually(lambda: not_online(client, "a"))
+        await client.get("/state-history/a")
+        async with listening(client, "?event=device") as stream:
+            asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
+            await eventually(lambda: client.rows("SELECT count(*) FROM device_state_snapshots")[0][0] < 990)
+            assert (await client.ask("DELETE", "/devices/a"))[0] == 404
+            async with client.board("a"):
+                status, answer = await asked
+                assert (status, answer["error_code"]) == (409, "DEVICE_ONLINE")
+                assert (await stream.next("device")).data["is_online"]
+                assert await client.is_online("a")
+            assert (await stream.next("device")).data["is_online"] is False
 
 
 @in_a_loop
@@ -1426,6 +1471,17 @@ async def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(database
 
 
 @in_a_loop
+async def test_registration_that_lay_in_a_gateway_that_stood_still_counts(database: Path) -> None:
+    async with process_on(database, AMHRPD_REGISTRATION_TIMEOUT="1") as (process, client), client.board("late", None) as board:
+        process.popen.send_signal(signal.SIGSTOP)
+        await say(board, "registration", device_type="ESP32")
+        await asyncio.sleep(2)
+        process.popen.send_signal(signal.SIGCONT)
+        await eventually(lambda: client.is_online("late"))
+        assert await client.events("late") == ["connected"]
+
+
+@in_a_loop
 async def test_answer_between_the_close_frame_and_its_echo_counts(database: Path) -> None:
     async with contextlib.AsyncExitStack() as outlive:
         client = await outlive.enter_async_context(gateway_on(database))
@@ -1442,6 +1498,34 @@ async def test_answer_between_the_close_frame_and_its_echo_counts(database: Path
             await stop
         await wire.close()
     assert rows_of(database, "SELECT status, success_count FROM command_logs") == [("ack_success", 1)]
+
+
+@in_a_loop
+async def test_answers_behind_floods_count_at_a_stop(database: Path) -> None:
+    async with contextlib.AsyncExitStack() as outlive:
+        client = await outlive.enter_async_context(gateway_on(database))
+        wires = [await Wire.connect(client.port, f"busy_{number}") for number in range(4)]
+        for wire in wires:
+            wire.send(REGISTRATION)
+        await eventually(lambda: row_has(client, "/health", devices_online=4))
+        command = await client.post("/command?device_type=*&command_name=blink")
+        flood = Wire.frame(b'{"message_type":"status","payload":{"text":"%s"}}' % (b"x" * 100)) * 6000
+        for wire in wires:
+            assert (await wire.receive())[0] == 0x81
+            wire.writer.write(flood)
+            wire.send(json.dumps({"message_type": "command_ack", "command_id": command["command_id"]}))
+        await eventually(lambda: client.gateway.messages[amhrpd.Status] > 4000)  # more than is taken without waiting
+        began_s = time.monotonic()
+        async with background(outlive.aclose()) as (stop,):
+            for wire in wires:
+                first, payload = await wire.receive()
+                assert (first, payload[:2]) == (0x88, struct.pack("!H", 1001))
+                wire.send(payload, 8)
+            await stop
+        assert time.monotonic() - began_s < 1.9  # it was the echoes that ended it
+        for wire in wires:
+            await wire.close()
+    assert rows_of(database, "SELECT status, success_count FROM command_logs") == [("ack_success", 4)]
 
 
 @in_a_loop
@@ -1492,6 +1576,18 @@ async def test_connection_that_never_registers_is_closed(database: Path) -> None
     async with gateway_on(database, registration_timeout_s=0.3) as client, client.board("silent", None) as board:
         assert await closed_with(board) == 4001
         await client.get("/devices/silent", 404)
+
+
+@in_a_loop
+async def test_nothing_follows_a_close_frame(database: Path) -> None:
+    async with gateway_on(database, registration_timeout_s=0.1) as client:
+        wire = await Wire.connect(client.port, "silent")
+        first, payload = await wire.receive()
+        assert (first, payload[:2]) == (0x88, struct.pack("!H", 4001))
+        wire.send("rubbish")
+        wire.send(payload, 8)
+        assert await wire.reader.read() == b""
+        await wire.close()
 
 
 @in_a_loop
@@ -2249,7 +2345,7 @@ async def test_times_find_their_rows_whatever_the_clock_did(database: Path, monk
     """Also in a file that others wrote, behind rows of one more run, and where ids are given again."""
     monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 5)
     monkeypatch.setattr(amhrpd.Survey, "ZONES_AT_ONCE", 3)
-    monkeypatch.setattr(amhrpd.Store, "SURVEY_INTERVAL_S", 0.02)
+    monkeypatch.setattr(amhrpd.Store, "UPKEEP_INTERVAL_S", 0.02)
     chance = random.Random(3)
     moment = datetime(2026, 5, 1, 0, 0, 0, 500_000)
     await fill(database, 1)
@@ -2341,7 +2437,7 @@ def make_long_database(path: Path) -> None:
 async def test_no_question_takes_longer_for_a_long_history(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a file of the first version has its indexes when nobody has waited for it for a while."""
     make_long_database(database)
-    monkeypatch.setattr(amhrpd.Store, "SURVEY_INTERVAL_S", 0.01)
+    monkeypatch.setattr(amhrpd.Store, "UPKEEP_INTERVAL_S", 0.01)
     monkeypatch.setattr(amhrpd.Store, "INDEX_RETRY_S", 0.01)
 
     def missing() -> set[str]:
@@ -2579,7 +2675,7 @@ async def test_listener_that_comes_back_goes_on_without_a_gap(database: Path) ->
         for number in range(1200):
             await say(board, "alert", alert_type="n", message=str(number))
         await eventually(lambda: alert_says(client, "servo_1", "1199"))
-        for unknown in (stream.last_id, "another-1", "nonsense"):
+        for unknown in (stream.last_id, "another-1", "nonsense", stream.last_id.partition("-")[0] + "-" + "9" * 5000):
             async with listening(client, **{"Last-Event-ID": unknown}) as stream:
                 assert (await stream.next()).event == "reset"
                 await say(board, "alert", alert_type="n", message="news")
@@ -3008,7 +3104,7 @@ async def test_watchdog_stops_when_the_writer_has_died(database: Path, tmp_path:
 async def test_watchdog_goes_on_while_the_disk_stalls(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
-    monkeypatch.setattr(amhrpd.Store, "STALLED_S", 0.3)
+    monkeypatch.setattr(amhrpd.Writer, "STALLED_S", 0.3)
     with NotifySocket(str(tmp_path / "notify")) as systemd:
         async with gateway_on(database) as client, client.board("a") as board:
             with disk_that_stalls(database):
@@ -3264,9 +3360,10 @@ async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(databa
 
 @in_a_loop
 async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> None:
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)); "
+    limit += f"sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
+
     async def start_on(database: Path, left: str) -> None:
-        limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)); "
-        limit += f"sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
         async with process_on(database, code=limit) as (process, client):
             assert "the database" in (await client.get("/health", 503))["database"]
             async with client.board("b") as board, background(answer_commands(board)):
@@ -3285,11 +3382,20 @@ async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> Non
             assert await process.exit_code() == 0
             assert "Traceback" not in process.log
 
+    async def stop_on(database: Path) -> None:
+        async with process_on(database, code=limit) as (process, client):
+            await eventually(lambda: health_is(client, 503))
+            began_s = time.monotonic()
+            process.popen.terminate()
+            assert await process.exit_code() == 0
+            assert time.monotonic() - began_s < 5
+        assert (process.log.count('"error"'), process.log.count("database_open_failed")) == (1, 1)
+
     databases = {left: tmp_path / f"{left}.db" for left in ("a clean stop", "nothing", "damage")}
     await fill(databases["a clean stop"], 300)
     await fill(databases["damage"], 300)
     spoil(databases["damage"], 20)
-    await asyncio.gather(*(start_on(database, left) for left, database in databases.items()))
+    await asyncio.gather(*(start_on(database, left) for left, database in databases.items()), stop_on(tmp_path / "none.db"))
 
 
 async def knows(client: Client, device_ids: set[str]) -> bool:
@@ -3396,7 +3502,7 @@ async def test_kills_at_any_moment_lose_no_answered_command(database: Path) -> N
 
 @in_a_loop
 async def test_stop_waits_for_a_disk_that_stalls_for_a_while(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.1)
+    monkeypatch.setattr(amhrpd.Writer, "RETRY_S", 0.1)
     monkeypatch.setattr(amhrpd, "LOCK_TIMEOUT_S", 0.1)
     with disk_that_stalls_later(database) as stall:
 
@@ -3450,6 +3556,29 @@ async def test_memory_for_a_disk_that_stays_away_is_bounded_and_dropping_is_coun
         assert kept == list(range(len(kept) - 1, -1, -1))  # the oldest, without a gap
         assert len(kept) == 300 - health["rows_dropped"]
         assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
+
+
+@in_a_loop
+async def test_what_waits_for_a_disk_that_stays_away_is_counted_and_bounded(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd.Backlog, "MAX_COMMANDS", 10)
+    monkeypatch.setattr(amhrpd.Store, "FAILING_READ_TIMEOUT_S", 0.05)
+    async with gateway_on(database) as client, client.board("a") as board:
+        await client.get("/state-history/a")
+        with disk_that_stalls(database):
+            await say(board, "status", payload={})
+            await eventually(lambda: health_is(client, 503))
+            waiting = (await client.get("/health", 503))["rows_waiting"]
+            for _ in range(5):
+                await client.get("/state-history/a", 503)
+            health = await client.get("/health", 503)
+            assert (health["rows_waiting"], health["rows_dropped"]) == (waiting, 0)
+            ids = [(await client.post("/command?device_id=a&command_name=x"))["command_id"] for _ in range(30)]
+            health = await client.get("/health", 503)
+            assert (health["rows_waiting"], health["rows_dropped"]) == (waiting + 10, 20)
+        await eventually(lambda: health_is(client, 200))
+        assert [row["command_id"] for row in (await client.get("/command-logs"))["logs"]] == ids[:-11:-1]
 
 
 @in_a_loop
@@ -3570,7 +3699,7 @@ async def test_replacement_that_fails_moves_one_file_aside(database: Path, monke
             if 1 < calls < 4:  # the first is the start's
                 raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.05)
+    monkeypatch.setattr(amhrpd.Writer, "RETRY_S", 0.05)
     sa.event.listen(sa.Engine, "before_cursor_execute", fail_at_first)
     stack = contextlib.ExitStack()
     stack.callback(sa.event.remove, sa.Engine, "before_cursor_execute", fail_at_first)
@@ -3753,7 +3882,7 @@ def change(database: Path, script: str) -> None:
 
 @in_a_loop
 async def test_tables_that_somebody_changed_are_said_or_mended(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Store, "RETRY_S", 0.05)
+    monkeypatch.setattr(amhrpd.Writer, "RETRY_S", 0.05)
     async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
         number = 0
 
@@ -3829,6 +3958,7 @@ async def test_start_takes_no_more_memory_than_the_run_before_it(database: Path)
 async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 10)
     monkeypatch.setattr(amhrpd.Store, "TIDY_INTERVAL_S", 0.1)
+    monkeypatch.setattr(amhrpd.Store, "UPKEEP_INTERVAL_S", 0.1)
     monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 20)
     await fill(database, 5)
     old, young = (str(amhrpd.utc_now() - timedelta(days=days)) for days in (8, 6))
@@ -3927,7 +4057,7 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
         await hear(board, "error")
         await client.gateway.sweep(1.0)
         stored = client.rows("SELECT last_heartbeat FROM devices")
-        assert await client.store.flush(PATIENCE_S)  # and nothing was there to write
+        assert await client.store.flush()  # and nothing was there to write
         assert database.with_name("amhrpd.db-wal").read_bytes() == written
         monkeypatch.setattr(amhrpd.Gateway, "HEARTBEAT_SAVE_INTERVAL_S", 0.0)
         await client.gateway.sweep(1.0)
@@ -4176,6 +4306,7 @@ async def test_newest_device_and_newest_command_always_find_room(database: Path,
             assert oldest["command_name"] == "x"
             health = await client.get("/health")
             assert (health["open_commands"], health["gave_way"]["open_commands"]) == (3, 1)
+        assert (await client.post("/command?device_id=a,d&command_name=x"))["detail"] == "offline: a, d"
         async with client.board("a", None) as board:  # it is back, and so is what it said of itself
             await say(board, "heartbeat", device_type="ESP32")
             await eventually(lambda: client.is_online("a"))
@@ -4187,6 +4318,34 @@ async def test_newest_device_and_newest_command_always_find_room(database: Path,
         "c": "it is c",
         "d": None,
     }
+
+
+@in_a_loop
+async def test_devices_that_are_only_in_the_file_are_known(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway_on(database) as client:
+        for device_id in ("a", "b", "c"):
+            async with client.board(device_id, metadata={"name": f"it is {device_id}"}):
+                pass
+            await eventually(lambda: not_online(client, device_id))  # noqa: B023 - awaited at once
+    monkeypatch.setattr(amhrpd, "RESTORED_DEVICES", 2)
+    async with gateway_on(database) as client:
+        assert {device["device_id"] for device in (await client.get("/devices"))["devices"]} == {"b", "c"}
+        assert (await client.get("/state-history/a"))["total"] == 0
+        assert (await client.get("/devices/a"))["metadata"] == {"name": "it is a"}
+        await client.get("/devices/nobody", 404)
+    async with gateway_on(database) as client:
+        assert (await client.post("/command?device_id=a&command_name=x"))["detail"] == "offline: a"
+    async with gateway_on(database) as client:
+        monkeypatch.setattr(amhrpd.Store, "device", never_answers)
+        monkeypatch.setattr(amhrpd.Registry, "LOOKUP_TIMEOUT_S", 0.05)
+        async with client.board("a", None) as board:  # it says nothing of itself, and nobody could be asked
+            await say(board, "heartbeat", device_type="ESP32")
+            await eventually(lambda: client.is_online("a"))
+    assert rows_of(database, "SELECT metadata_json FROM devices WHERE device_id = 'a'") == [('{"name":"it is a"}',)]
+
+
+async def never_answers(_: amhrpd.Store, __: str) -> Any:
+    await asyncio.Event().wait()
 
 
 @in_a_loop
@@ -4913,12 +5072,12 @@ async def test_simulation_with_something_missing_ends_with_1(
         exit_code, shown = await played(client.port, commands=0, device_token="token-of-nobody")
         assert exit_code == 1
         assert "missing: sim_0002, which never came up" in shown
-    put = amhrpd.Store.put_snapshot
+    put = amhrpd.Backlog.put_snapshot
 
-    def lose_one(self: amhrpd.Store, row: dict[str, Any]) -> bool:
+    def lose_one(self: amhrpd.Backlog, row: dict[str, Any]) -> bool:
         return '"seq":3,' in row["state_data"] or put(self, row)
 
-    monkeypatch.setattr(amhrpd.Store, "put_snapshot", lose_one)
+    monkeypatch.setattr(amhrpd.Backlog, "put_snapshot", lose_one)
     monkeypatch.setattr(amhrpd.Dispatch, "acknowledge", lambda *_: None)
     async with gateway_on(database) as client:
         exit_code, shown = await played(client.port, commands=3, status_interval_s=0.05)
@@ -5201,7 +5360,7 @@ async def test_page_survives_a_restart_of_the_gateway(database: Path) -> None:
 @in_a_browser
 @in_a_loop
 async def test_page_needs_no_disk_and_says_what_is_wrong_with_it(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Store, "STALLED_S", 0.1)
+    monkeypatch.setattr(amhrpd.Writer, "STALLED_S", 0.1)
     async with gateway_on(database) as client, client.board("servo_1") as board:
         with disk_that_stalls(database):
             await say(board, "status", payload={"angle": 1})
