@@ -240,7 +240,7 @@ def requirement(kind: Any) -> str:
             return f"one of {', '.join(map(str, info.values))}"
         case msgspec.inspect.StrType(min_length=int(), max_length=int()):
             return f"a text of {info.min_length} to {info.max_length} characters"
-        case msgspec.inspect.DictType():
+        case msgspec.inspect.DictType() | msgspec.inspect.StructType():
             return "a JSON object"
         case _:
             return "a text"
@@ -542,28 +542,34 @@ def field_types(kind: type[msgspec.Struct]) -> Mapping[str, Any]:
     return {field.name: field.type for field in msgspec.structs.fields(kind)}
 
 
-def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct]) -> AnyStruct:
-    """A struct of values that are decoded already. Raises GatewayError, in the gateway's own words."""
+def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct], within: str = "") -> AnyStruct:
+    """A struct of values that are decoded already; errors name a field with what it is `within`.
+
+    Raises GatewayError, in the gateway's own words.
+    """
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-    kinds, name = field_types(kind), path.strip(".`").partition("[")[0]
-    code = Code.INVALID_FIELD_VALUE
+    kinds, name = field_types(kind), path.strip(".`").partition("[")[0].partition(".")[0]
+    code, inner = Code.INVALID_FIELD_VALUE, base_type(kinds.get(name, str))
+    if isinstance(inner, msgspec.inspect.StructType) and isinstance(values[name], dict):
+        convert_fields(values[name], inner.cls, f"{within}{name}.")
     if "missing required field" in reason:
-        raise GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field {reason.rpartition(' ')[2]}")
+        missing = reason.rpartition(" ")[2].strip("`")
+        raise GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field `{within}{missing}`")
     if "unknown field" in reason:
         unknown = reason.partition("`")[2].rstrip("`")[:64]
-        raise GatewayError(code, f"unknown {unknown!r}; known here: {', '.join(kinds) or 'nothing'}")
+        raise GatewayError(code, f"unknown {within + unknown!r}; known here: {', '.join(kinds) or 'nothing'}")
     if "out of range" in reason:
-        raise GatewayError(code, f"{name[:64] or 'a number'} is out of range")
+        raise GatewayError(code, f"{within}{name[:64] or 'a number'} is out of range")
     if name not in kinds:
-        raise GatewayError(code, f"{name[:64]}: {reason[:100].lower()}")
+        raise GatewayError(code, f"{within}{name[:64]}: {reason[:100].lower()}")
     if isinstance(values[name], str):
-        is_of_type = isinstance(base_type(kinds[name]), msgspec.inspect.StrType | msgspec.inspect.LiteralType)
+        is_of_type = isinstance(inner, msgspec.inspect.StrType | msgspec.inspect.LiteralType)
     else:
         is_of_type = ", got `" not in reason
-    raise GatewayError(code if is_of_type else Code.INVALID_FIELD_TYPE, wrong_value(name, values[name], kinds[name]))
+    raise GatewayError(code if is_of_type else Code.INVALID_FIELD_TYPE, wrong_value(within + name, values[name], kinds[name]))
 
 
 def to_json(value: object) -> JsonText:
@@ -623,12 +629,20 @@ INDEXES = {
 }
 LATER_INDEXES = ("ix_amhrpd_events_event", "ix_amhrpd_commands_type_status")
 """Those that a start can do without: a large file gets them when nobody waits for it."""
-HISTORIES: Mapping[TableName, tuple[str, str]] = {
-    "device_state_snapshots": ("timestamp", "true"),
-    "device_connection_logs": ("timestamp", "true"),
-    "command_logs": ("created_at", "status NOT IN ('created', 'sent')"),
+
+
+class History(NamedTuple):
+    """A table that grows: the column with the time of a row, and the condition that a row may be deleted."""
+
+    time: str
+    may_go: str
+
+
+HISTORIES: Mapping[TableName, History] = {  # in the order in which they make room
+    "device_state_snapshots": History("timestamp", "true"),
+    "device_connection_logs": History("timestamp", "true"),
+    "command_logs": History("created_at", "status NOT IN ('created', 'sent')"),
 }
-"""What is deleted when it is old, in the order in which it makes room: its time, and the condition that a row may go."""
 SCHEMA_VERSION = 1  # PRAGMA user_version; the earlier backend's files have 0
 
 PAGE_BYTES = 4096  # of SQLite's files and logs
@@ -655,18 +669,18 @@ class Batch:
 
     devices: dict[str, Row] = dataclasses.field(default_factory=dict)
     snapshots: list[Row] = dataclasses.field(default_factory=list)
-    events: list[Row] = dataclasses.field(default_factory=list)
+    connections: list[Row] = dataclasses.field(default_factory=list)  # of the connection history
     commands: list[Row] = dataclasses.field(default_factory=list)
     waiting: list[asyncio.Future[None]] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.devices) + len(self.snapshots) + len(self.events) + len(self.commands)
+        return len(self.devices) + len(self.snapshots) + len(self.connections) + len(self.commands)
 
     def tables(self) -> Iterator[tuple[TableName, list[Row]]]:
         """Rows table by table, devices first: the others refer to them."""
         yield "devices", list(self.devices.values())
         yield "device_state_snapshots", self.snapshots
-        yield "device_connection_logs", self.events
+        yield "device_connection_logs", self.connections
         yield "command_logs", self.commands
 
 
@@ -678,6 +692,232 @@ class Restored:
 
     devices: list[Row]  # RESTORED_DEVICES at the most
     commands: list[Row]
+
+
+# -- what waits to be written ------------------------------------------------------------------------------------------
+
+Value = TypeVar("Value")
+
+
+class Bounded(Generic[Value]):
+    """A dictionary with a limit of entries and of bytes: what is newest wins, and the oldest make room."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self.max_entries = max_entries
+        self.max_bytes = max_bytes
+        self.gave_way = 0  # entries that had to make room, of all time
+        self.size_bytes = 0
+        self._entries: OrderedDict[str, tuple[Value, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter([value for value, _ in self._entries.values()])
+
+    def get(self, key: str) -> Value | None:
+        """The value, or None."""
+        value, _ = self._entries.get(key, (None, 0))
+        return value
+
+    def pop(self, key: str) -> None:
+        """Take an entry out, if it is in."""
+        _, size_bytes = self._entries.pop(key, (None, 0))
+        self.size_bytes -= size_bytes
+
+    def put(self, key: str, value: Value, size_bytes: int, *, is_news: bool = True) -> list[Value]:
+        """Put a value in, which is the newest then, or (without `is_news`) as old as it was. Returns those that gave way."""
+        _, before_bytes = self._entries.get(key, (None, 0))
+        self._entries[key] = value, size_bytes
+        self.size_bytes += size_bytes - before_bytes
+        if is_news:
+            self._entries.move_to_end(key)
+        gone: list[Value] = []
+        while (len(self._entries) > self.max_entries or self.size_bytes > self.max_bytes) and len(self._entries) > 1:
+            oldest = next(other for other in self._entries if other != key)
+            gone.append(self._entries[oldest][0])
+            self.pop(oldest)
+        self.gave_way += len(gone)
+        return gone
+
+
+class Stored(Protocol):
+    """A device or a command: it waits as an object, and becomes a row when its turn comes."""
+
+    @property
+    def content_bytes(self) -> int:
+        """What it takes in memory, about."""
+
+    def row(self) -> Row:
+        """The row as it is now."""
+
+
+class Backlog:
+    """What waits to be written, and who waits for that. Belongs to the event loop; `put_*` never wait."""
+
+    # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
+    TELEMETRY_LIMIT_BYTES = 32 << 20
+    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
+    SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
+    MIN_SHARES = 32  # no device may have more than this part of the limit
+    MAX_CONNECTIONS = 20_000  # rows of the connection history, 600 bytes each
+    MAX_COMMANDS = 10_000  # with what follows: as many changes as a robot's caller makes in an hour and a half
+    COMMANDS_LIMIT_BYTES = 16 << 20
+    SOON_S = 0.003  # what happens to commands and connections within it is one transaction
+    BATCH_BYTES = 1 << 20  # of snapshots; about 10 ms of writing here, so a command's row never waits long behind telemetry
+
+    def __init__(self, commit_interval_s: float) -> None:
+        """Telemetry that nobody asks for is written once in `commit_interval_s`."""
+        self._commit_interval_s = commit_interval_s
+        self._telemetry_due_s = -math.inf  # monotonic: not before this
+        self.known_devices: Mapping[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
+        self.in_flight = Batch()
+        self.rows_dropped = 0
+        self.is_due = asyncio.Event()  # what waits is to be written now
+        self._alarm: asyncio.TimerHandle | None = None  # for what may wait some time
+        self._devices: dict[str, Stored] = {}
+        self._commands: Bounded[Stored] = Bounded(self.MAX_COMMANDS, self.COMMANDS_LIMIT_BYTES)
+        self._connections: list[Row] = []
+        self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
+        self._waiting: list[asyncio.Future[None]] = []  # for the others: devices, commands, connections
+        self._is_joined = False  # somebody waits, for either
+        self._snapshot_count = self._snapshot_bytes = 0  # of those that wait or are in flight
+        self._shares: Counter[str] = Counter()  # their bytes for each device that has any
+
+    @property
+    def rows_waiting(self) -> int:
+        """How many rows are not in the file yet."""
+        others = len(self._devices) + len(self._commands) + len(self._connections)
+        return others + len(self.in_flight) - len(self.in_flight.snapshots) + self._snapshot_count
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits for what is queued, or it gets much."""
+        is_taken_awaited = bool(self.in_flight.commands or self.in_flight.waiting)
+        is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
+        return bool(self._commands) or self._is_joined or is_taken_awaited or is_congested
+
+    def call_writer(self, within_s: float = 0.0) -> None:
+        """Have the writer come within so many seconds."""
+        if within_s <= 0:
+            self.is_due.set()
+        elif not self.is_due.is_set():
+            loop = asyncio.get_running_loop()
+            if self._alarm is None or loop.time() + within_s < self._alarm.when():
+                self.silence_alarm()
+                self._alarm = loop.call_later(within_s, self.is_due.set)
+
+    def silence_alarm(self) -> None:
+        """Leave no timer behind."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def _call_for_telemetry(self) -> None:
+        if not self.is_due.is_set():
+            is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
+            self.call_writer(0.0 if is_congested else self._telemetry_due_s - time.monotonic())
+
+    def is_device_waiting(self, device_id: str) -> bool:
+        """Whether a change of a device isn't in the file yet."""
+        return device_id in self._devices or device_id in self.in_flight.devices
+
+    def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
+        """The rows, as they are now, of those that are known."""
+        return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
+
+    def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
+        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
+        self._devices[device_id] = device
+        if urgent:
+            self.call_writer(self.SOON_S)
+        else:
+            self._call_for_telemetry()
+
+    def put_command(self, command_id: str, command: Stored) -> None:
+        """Write a command's row. Where too many wait, the oldest are dropped."""
+        self.rows_dropped += len(self._commands.put(command_id, command, command.content_bytes, is_news=False))
+        self.call_writer(self.SOON_S)
+
+    def put_connection_event(self, row: Row) -> bool:
+        """Append a row of the connection history. False where too many wait and it was dropped."""
+        if len(self._connections) >= self.MAX_CONNECTIONS:
+            self.rows_dropped += 1
+            return False
+        self._connections.append(row)
+        self.call_writer(self.SOON_S)
+        return True
+
+    def has_its_share_waiting(self, device_id: str) -> bool:
+        """Whether as much of a device's telemetry waits as it may have, whatever others do."""
+        return self._shares[device_id] > self.TELEMETRY_LIMIT_BYTES // max(self.MIN_SHARES, len(self._shares))
+
+    def put_snapshot(self, row: Row) -> bool:
+        """Append a snapshot. False where the limit is reached, and the device's share of it, and it was dropped."""
+        if self._snapshot_bytes > self.TELEMETRY_LIMIT_BYTES and self.has_its_share_waiting(row["device_id"]):
+            self.rows_dropped += 1
+            return False
+        self._count(row, 1)
+        self._snapshots.append(row)
+        self._call_for_telemetry()
+        return True
+
+    def _size_bytes(self, snapshot: Row) -> int:
+        return self.SNAPSHOT_OVERHEAD_BYTES + len(snapshot["state_data"])
+
+    def _count(self, snapshot: Row, factor: int) -> None:
+        """Count a snapshot and what it takes, or no longer takes where the factor is -1."""
+        size_bytes, device_id = factor * self._size_bytes(snapshot), snapshot["device_id"]
+        self._snapshot_count += factor
+        self._snapshot_bytes += size_bytes
+        self._shares[device_id] += size_bytes
+        if self._shares[device_id] <= 0:
+            del self._shares[device_id]
+
+    def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
+        """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
+        line: deque[Any] | list[Any] = self._snapshots if behind_snapshots else self._waiting
+        if not line or not isinstance(line[-1], asyncio.Future):  # else somebody stands here, for the same
+            line.append(asyncio.get_running_loop().create_future())
+        self._is_joined = True
+        self.call_writer()
+        written: asyncio.Future[None] = line[-1]
+        return written
+
+    def take(self) -> Batch:
+        """Everything for the next batch, of the snapshots the oldest BATCH_BYTES. It is in flight until `settle`."""
+        batch = Batch(
+            devices={device_id: device.row() for device_id, device in self._devices.items()},
+            commands=[command.row() for command in self._commands],
+            connections=self._connections,
+            waiting=self._waiting,
+        )
+        self._devices, self._connections, self._waiting = {}, [], []
+        self._commands = Bounded(self.MAX_COMMANDS, self.COMMANDS_LIMIT_BYTES)
+        budget_bytes = self.BATCH_BYTES
+        while self._snapshots and budget_bytes > 0:
+            item = self._snapshots.popleft()
+            if isinstance(item, asyncio.Future):
+                batch.waiting.append(item)
+            else:
+                batch.snapshots.append(item)
+                budget_bytes -= self._size_bytes(item)
+        self.silence_alarm()
+        if not self._snapshots:  # a backlog goes on at once
+            self.is_due.clear()
+            self._is_joined = False
+        self._telemetry_due_s = time.monotonic() + self._commit_interval_s
+        self.in_flight = batch
+        return batch
+
+    def settle(self) -> None:
+        """What was in flight is written."""
+        batch, self.in_flight = self.in_flight, Batch()
+        for row in batch.snapshots:
+            self._count(row, -1)
+        for waiting in batch.waiting:
+            if not waiting.done():
+                waiting.set_result(None)
 
 
 # -- reading a file as well as it goes ---------------------------------------------------------------------------------
@@ -742,6 +982,7 @@ def restorable(table: TableName, row: Row) -> Row:
         found |= {"state": None, "state_timestamp": None}
     elif table == "command_logs":
         found["payload"] = found["payload"] or "null"
+        found["created_at"] = found["created_at"] or utc_now()
     return found
 
 
@@ -756,7 +997,7 @@ class LenientConnection(sqlite3.Connection):
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # of every duration at /metrics
-STORE_ERRORS = (sa.exc.SQLAlchemyError, sqlite3.Error, OSError)
+STORE_ERRORS = (sa.exc.SQLAlchemyError, sqlite3.Error, OSError)  # which a TimeoutError is, too
 LOCK_TIMEOUT_S = 1.0  # for another program's lock; then the batch is tried again, and a stop gets through
 
 
@@ -843,7 +1084,8 @@ class LockedFile:
 
     def beside(self, suffix: str) -> Path:
         """The path of a file that SQLite keeps beside this one: `-wal`, `-shm`."""
-        return self.path.with_name(self.path.name + suffix)
+        path = self.path.resolve()  # not beside a link that names the file
+        return path.with_name(path.name + suffix)
 
     def lock(self) -> bool:
         """Have the file, created where there was none, for this process alone. True where that was to do.
@@ -924,7 +1166,7 @@ class LockedFile:
         self.is_doubted = False
         if damage is None:
             return False
-        aside = self.path.with_name(f"{self.path.name}.corrupt-{utc_now():%Y%m%dT%H%M%S.%f}Z")
+        aside = self.beside(f".corrupt-{utc_now():%Y%m%dT%H%M%S.%f}Z")
         for suffix in ("-wal", "-shm", ""):  # the file last: as long as it is there, the whole is
             with contextlib.suppress(FileNotFoundError):
                 self.beside(suffix).rename(aside.with_name(aside.name + suffix))
@@ -977,12 +1219,12 @@ def end_last_run(tables: Any, online: Collection[str]) -> None:
 
 def load_devices(tables: Any) -> list[Row]:
     """Those that were seen last, RESTORED_DEVICES of them, with metadata (None beyond) and states of RESTORED_BYTES."""
-    room_bytes = RESTORED_BYTES
+    budget_bytes = RESTORED_BYTES
     devices: dict[str, Row] = {}
     for row in tables["devices"].find(order_by="-last_heartbeat", _limit=RESTORED_DEVICES, _step=20):
         device = devices[row["device_id"]] = restorable("devices", row)
-        room_bytes -= len(device["metadata_json"])
-        if room_bytes < 0:
+        budget_bytes -= len(device["metadata_json"])
+        if budget_bytes < 0:
             device["metadata_json"] = None
     # One step into the index for each device, however long the history is.
     newest = "SELECT id FROM device_state_snapshots h WHERE h.device_id = d.device_id ORDER BY id DESC LIMIT 1"
@@ -990,8 +1232,8 @@ def load_devices(tables: Any) -> list[Row]:
     for row in tables.query(latest, _step=20):
         snapshot = restorable("device_state_snapshots", row)
         state = snapshot["state_data"] or "null"
-        room_bytes -= len(state)
-        if room_bytes > 0 and snapshot["device_id"] in devices:
+        budget_bytes -= len(state)
+        if budget_bytes > 0 and snapshot["device_id"] in devices:
             devices[snapshot["device_id"]] |= {"state": state, "state_timestamp": snapshot["timestamp"]}
     return list(devices.values())
 
@@ -1002,7 +1244,7 @@ def load_commands(tables: Any) -> list[Row]:
     """
     kept: list[Row] = []
     overdue: list[Row] = []
-    room_bytes = RESTORED_BYTES
+    budget_bytes = RESTORED_BYTES
     for statuses, limit in ((OPEN_STATUSES, -1), ((ACK_TIMEOUT, ACK_ERROR), RESTORED_CLOSED_COMMANDS)):
         # One step into the index for each row, however many there are and whatever their status.
         newest = [
@@ -1014,8 +1256,8 @@ def load_commands(tables: Any) -> list[Row]:
         for row in tables.query(question, _step=1):
             command = restorable("command_logs", row)
             # Text may take four bytes a character, and the object some.
-            room_bytes -= 4 * (len(command["payload"]) + len(command["response_data"] or "")) + 1000
-            if room_bytes > 0:
+            budget_bytes -= 4 * (len(command["payload"]) + len(command["response_data"] or "")) + 1000
+            if budget_bytes > 0:
                 kept.append(command)
             elif statuses is OPEN_STATUSES:
                 overdue.append({"command_id": command["command_id"], "status": ACK_TIMEOUT})
@@ -1027,7 +1269,7 @@ def load_commands(tables: Any) -> list[Row]:
 
 
 class Zone(NamedTuple):
-    """Some rows of a history that follow each other: the rowid of the last, the earliest and the latest of their times."""
+    """ZONE_ROWS rows of a history that follow each other: the rowid of the last, the earliest and the latest of their times."""
 
     last: int
     earliest: str
@@ -1035,10 +1277,11 @@ class Zone(NamedTuple):
 
 
 class Survey:
-    """When the rows of a history happened: where in it those of a time can be, however long it is and whatever the clock did.
+    """A zone map of a history, as column stores and PostgreSQL's BRIN have it: from when to when the rows of each zone are.
 
-    It is made once after a start by reading the history from its beginning, and then follows it. `extend` and `ranges` may
-    be called in different threads, `extend` in one at a time.
+    A question about a time reads only the zones that can have it, however long the history is and whatever the clock did.
+    `extend` reads the history from its beginning once after a start, and then what came since; it may run beside `ranges`, in
+    another thread, one at a time.
     """
 
     ZONE_ROWS = 2048  # 5,000 zones and 1 MB of memory for ten million rows
@@ -1047,7 +1290,7 @@ class Survey:
     ANY_TIME = ("", "~")  # before and after whatever a file has in place of a time
 
     def __init__(self, table: TableName) -> None:
-        time, _ = HISTORIES[table]
+        time = HISTORIES[table].time
         some = f"SELECT rowid AS row, {time} AS time FROM {table} WHERE rowid > :row ORDER BY rowid LIMIT {self.ZONE_ROWS}"
         earliest, latest = (f"iif(typeof(time) = 'text', time, '{other}')" for other in self.ANY_TIME)
         self._next = (
@@ -1059,7 +1302,7 @@ class Survey:
 
     def extend(self, tables: Any) -> list[Row]:
         """Look at the rows that come next, and return what was found; nothing where all have been looked at."""
-        if not self._is_true(tables):
+        if not self._still_matches(tables):
             self._zones, self._mark = [], None
         found: list[Row] = []
         while len(found) < self.ZONES_AT_ONCE:
@@ -1071,13 +1314,13 @@ class Survey:
             self._zones.append(Zone(**zone))
         return found
 
-    def _is_true(self, tables: Any) -> bool:
-        """Whether it is about this table: SQLite gives a rowid again where the rows from there on were deleted."""
+    def _still_matches(self, tables: Any) -> bool:
+        """Whether the last row of the last zone is still there: SQLite gives rowids at the end again that were deleted."""
         return self._mark is None or list(tables.query(self._row, row=self._mark["row"])) == [self._mark]
 
     def ranges(self, tables: Any, since: str | None, until: str | None) -> Iterator[tuple[int, int]]:
         """First and last rowid of each part that may have rows of a time, the newest first."""
-        zones = self._zones[:] if (since or until) and self._is_true(tables) else []
+        zones = self._zones[:] if (since or until) and self._still_matches(tables) else []
         earliest, latest = since or self.ANY_TIME[0], until or self.ANY_TIME[1]
         first, last = (zones[-1].last + 1 if zones else self.FIRST), self.LAST  # what has not been looked at yet
         for number in range(len(zones) - 1, -1, -1):
@@ -1123,7 +1366,7 @@ def create_tables(tables: Any, indexes: Iterable[str]) -> None:
     tables.query(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-class Room:
+class DiskSpace:
     """What is free beside the file, and the oldest rows, which make room where too little is (contract, section 7).
 
     On a file system of less than twice `min_free_bytes`, half of it is what is kept free.
@@ -1173,9 +1416,9 @@ class Room:
         """Delete the oldest rows until the batch fits into the file's free pages."""
         size_bytes = sum(len(to_json(rows)) for _, rows in batch.tables())
         deleted = 0
-        for table, (_, may_go) in HISTORIES.items():
+        for table, history in HISTORIES.items():
             while self._lacks_pages(tables, size_bytes):
-                oldest = f"SELECT rowid FROM {table} WHERE {may_go} ORDER BY rowid LIMIT 50"
+                oldest = f"SELECT rowid FROM {table} WHERE {history.may_go} ORDER BY rowid LIMIT 50"
                 if (count := delete_rows(tables, table, oldest)) == 0:
                     break
                 deleted += count
@@ -1211,7 +1454,7 @@ class Database:
 
     def __init__(self, path: Path, min_free_bytes: int) -> None:
         self.file = LockedFile(path)
-        self.room = Room(self.file, min_free_bytes)
+        self.disk_space = DiskSpace(self.file, min_free_bytes)
         self._dataset: Any = None
         self._upserts: dict[TableName, sqlite.Insert] = {}  # to make one takes longer than to execute it
         self._has_failed = False
@@ -1228,15 +1471,15 @@ class Database:
 
         None where it is the file that was loaded before. Raises StartError, see LockedFile, and STORE_ERRORS.
         """
-        is_new = False
+        must_load = False
         try:
             if not self.file.is_in_place():
                 self.file.leave(self._disconnect)
             self._disconnect()
-            is_new = self.file.lock()
-            is_new |= self.file.move_aside_if_damaged(is_new=is_new)
+            must_load = self.file.lock()
+            must_load |= self.file.move_aside_if_damaged(is_new=must_load)
             self._connect()
-            if not is_new:
+            if not must_load:
                 return None
             self.surveys = {table: Survey(table) for table in HISTORIES}
             with self._dataset as tables:
@@ -1245,7 +1488,7 @@ class Database:
         except BaseException as error:
             self.file.is_doubted |= is_corruption(error)
             self._disconnect()
-            if is_new:  # what is locked has been loaded
+            if must_load:  # what is locked has been loaded
                 self.file.unlock()
             raise
 
@@ -1256,7 +1499,7 @@ class Database:
             connected.close()
 
     def _connect(self) -> None:
-        log_pages = self.room.log_pages()
+        log_pages = self.disk_space.log_pages()
         self._dataset = dataset.connect(
             sa.URL.create("sqlite", database=str(self.file.path)).render_as_string(),
             row_type=dict,
@@ -1275,7 +1518,7 @@ class Database:
         dialect.ischema_names = dialect.ischema_names | {"JSON": sa.Text, "DATETIME": sa.Text}
         with self._dataset as tables:
             create_tables(tables, INDEXES.keys() - LATER_INDEXES if self.file.is_large else INDEXES)
-        self.room.look()
+        self.disk_space.look()
 
     def create_missing_index(self, is_over: Callable[[], bool]) -> str | None:
         """Create one of the indexes that the file lacks, if any: its name. Broken off when `is_over` says so.
@@ -1309,15 +1552,17 @@ class Database:
 
     def commit(self, batch: Batch) -> None:
         """Write a batch in one transaction, all or nothing; the oldest rows make room where need be. Raises STORE_ERRORS."""
-        self._check_place()
-        if self.room.is_short():
+        try:
+            self._check_place()
+            if self.disk_space.is_short():
+                with self._transaction() as tables:
+                    self.disk_space.make(tables, batch)
             with self._transaction() as tables:
-                self.room.make(tables, batch)
-        with self._transaction() as tables:
-            for table, rows in batch.tables():
-                if rows:
-                    self._write(tables, table, rows)
-        self.room.look()
+                for table, rows in batch.tables():
+                    if rows:
+                        self._write(tables, table, rows)
+        finally:
+            self.disk_space.look()
 
     def commit_row_by_row(self, batch: Batch) -> list[tuple[str, Row, str]]:
         """Write a batch but for the rows that the database refuses for what they are: table, row and reason of each.
@@ -1363,14 +1608,14 @@ class Database:
         """What `ask` finds in the tables, up to MAX_ANSWER_BYTES. Broken off when `is_over` says so. Raises STORE_ERRORS."""
         self._check_place()
         rows: list[Row] = []
-        room_bytes = self.MAX_ANSWER_BYTES
+        budget_bytes = self.MAX_ANSWER_BYTES
         try:
             with self._dataset as tables:
                 tables.executable.connection.dbapi_connection.set_progress_handler(is_over, 10_000)
                 for row in ask(tables):
                     rows.append(row)
-                    room_bytes -= sum(len(value) for value in row.values() if isinstance(value, str | msgspec.Raw))
-                    if room_bytes <= 0:
+                    budget_bytes -= sum(len(value) for value in row.values() if isinstance(value, str | msgspec.Raw))
+                    if budget_bytes <= 0:
                         break
                 return rows
         except sa.exc.DatabaseError as error:
@@ -1391,7 +1636,7 @@ class Database:
 
         That is in the order of rowids, which a clock that jumps can't disturb.
         """
-        key, (time, _) = next(iter(COLUMNS[table])), HISTORIES[table]
+        key, time = next(iter(COLUMNS[table])), HISTORIES[table].time
         conditions = [f"{name} = :{name}" for name in equal]
         conditions += [f"{time} >= :since"] if since else []
         conditions += [f"{time} <= :until"] if until else []
@@ -1410,7 +1655,7 @@ class Database:
     @property
     def notice(self) -> str | None:
         """What people should know about the file."""
-        return "; ".join(text for text in (self.file.notice, self.room.notice) if text) or None
+        return "; ".join(text for text in (self.file.notice, self.disk_space.notice) if text) or None
 
     def close(self) -> None:
         """Write the write-ahead log into the file and close it. Raises STORE_ERRORS."""
@@ -1449,232 +1694,8 @@ class Database:
 # -- the way in and out ------------------------------------------------------------------------------------------------
 
 
-Value = TypeVar("Value")
-
-
-class Bounded(Generic[Value]):
-    """A dictionary with a limit of entries and of bytes: what is newest wins, and the oldest make room."""
-
-    def __init__(self, max_entries: int, max_bytes: int) -> None:
-        self.max_entries = max_entries
-        self.max_bytes = max_bytes
-        self.gave_way = 0  # entries that had to make room, of all time
-        self.size_bytes = 0
-        self._entries: OrderedDict[str, tuple[Value, int]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[Value]:
-        return iter([value for value, _ in self._entries.values()])
-
-    def get(self, key: str) -> Value | None:
-        """The value, or None."""
-        value, _ = self._entries.get(key, (None, 0))
-        return value
-
-    def pop(self, key: str) -> None:
-        """Take an entry out, if it is in."""
-        _, size_bytes = self._entries.pop(key, (None, 0))
-        self.size_bytes -= size_bytes
-
-    def put(self, key: str, value: Value, size_bytes: int, *, is_news: bool = True) -> list[Value]:
-        """Put a value in, which is the newest then, or (without `is_news`) as old as it was. Returns those that gave way."""
-        _, before_bytes = self._entries.get(key, (None, 0))
-        self._entries[key] = value, size_bytes
-        self.size_bytes += size_bytes - before_bytes
-        if is_news:
-            self._entries.move_to_end(key)
-        gone: list[Value] = []
-        while (len(self._entries) > self.max_entries or self.size_bytes > self.max_bytes) and len(self._entries) > 1:
-            oldest = next(other for other in self._entries if other != key)
-            gone.append(self._entries[oldest][0])
-            self.pop(oldest)
-        self.gave_way += len(gone)
-        return gone
-
-
-class Stored(Protocol):
-    """A device or a command: it waits as an object, and becomes a row when its turn comes."""
-
-    @property
-    def content_bytes(self) -> int:
-        """What it takes in memory, about."""
-
-    def row(self) -> Row:
-        """The row as it is now."""
-
-
-class Backlog:
-    """What waits to be written, and who waits for that. Belongs to the event loop; `put_*` never wait."""
-
-    # Out of the unit's 320 MB. A snapshot of a real board costs about 1 KB here, so this holds some 30,000 of them.
-    TELEMETRY_LIMIT_BYTES = 32 << 20
-    CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
-    SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
-    MIN_SHARES = 32  # no device may have more than this part of the limit
-    MAX_EVENTS = 20_000  # of the connection history, 600 bytes each
-    MAX_COMMANDS = 10_000  # with what follows: as many changes as a robot's caller makes in an hour and a half
-    COMMANDS_LIMIT_BYTES = 16 << 20
-    SOON_S = 0.003  # what happens to commands and connections within it is one transaction
-    BATCH_BYTES = 1 << 20  # of snapshots; about 10 ms of writing here, so a command's row never waits long behind telemetry
-
-    def __init__(self, commit_interval_s: float) -> None:
-        """Telemetry that nobody asks for is written once in `commit_interval_s`."""
-        self._commit_interval_s = commit_interval_s
-        self._telemetry_due_s = -math.inf  # monotonic: not before this
-        self.known_devices: Mapping[str, Stored] = {}  # what other rows refer to must be there, in a fresh file too
-        self.in_flight = Batch()
-        self.rows_dropped = 0
-        self.is_due = asyncio.Event()  # what waits is to be written now
-        self._alarm: asyncio.TimerHandle | None = None  # for what may wait some time
-        self._devices: dict[str, Stored] = {}
-        self._commands: Bounded[Stored] = Bounded(self.MAX_COMMANDS, self.COMMANDS_LIMIT_BYTES)
-        self._events: list[Row] = []
-        self._snapshots: deque[Row | asyncio.Future[None]] = deque()  # a future is somebody who waits for all before it
-        self._waiting: list[asyncio.Future[None]] = []  # for the others: devices, commands, events
-        self._is_joined = False  # somebody waits, for either
-        self._snapshot_count = self._snapshot_bytes = 0  # of those that wait or are in flight
-        self._shares: Counter[str] = Counter()  # their bytes for each device that has any
-
-    @property
-    def rows_waiting(self) -> int:
-        """How many rows are not in the file yet."""
-        others = len(self._devices) + len(self._commands) + len(self._events)
-        return others + len(self.in_flight) - len(self.in_flight.snapshots) + self._snapshot_count
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether anybody waits for what is queued, or it gets much."""
-        is_taken_awaited = bool(self.in_flight.commands or self.in_flight.waiting)
-        is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
-        return bool(self._commands) or self._is_joined or is_taken_awaited or is_congested
-
-    def call_writer(self, within_s: float = 0.0) -> None:
-        """Have the writer come within so many seconds."""
-        if within_s <= 0:
-            self.is_due.set()
-        elif not self.is_due.is_set():
-            loop = asyncio.get_running_loop()
-            if self._alarm is None or loop.time() + within_s < self._alarm.when():
-                self.silence_alarm()
-                self._alarm = loop.call_later(within_s, self.is_due.set)
-
-    def silence_alarm(self) -> None:
-        """Leave no timer behind."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
-
-    def _call_for_telemetry(self) -> None:
-        if not self.is_due.is_set():
-            is_congested = self._snapshot_bytes > self.CONGESTED_BYTES
-            self.call_writer(0.0 if is_congested else self._telemetry_due_s - time.monotonic())
-
-    def is_device_waiting(self, device_id: str) -> bool:
-        """Whether a change of a device isn't in the file yet."""
-        return device_id in self._devices or device_id in self.in_flight.devices
-
-    def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
-        """The rows, as they are now, of those that are known."""
-        return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
-
-    def put_device(self, device_id: str, device: Stored, *, urgent: bool = True) -> None:
-        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
-        self._devices[device_id] = device
-        if urgent:
-            self.call_writer(self.SOON_S)
-        else:
-            self._call_for_telemetry()
-
-    def put_command(self, command_id: str, command: Stored) -> None:
-        """Write a command's row. Where too many wait, the oldest are dropped."""
-        self.rows_dropped += len(self._commands.put(command_id, command, command.content_bytes, is_news=False))
-        self.call_writer(self.SOON_S)
-
-    def put_event(self, row: Row) -> bool:
-        """Append a row of the connection history. False where too many wait and it was dropped."""
-        if len(self._events) >= self.MAX_EVENTS:
-            self.rows_dropped += 1
-            return False
-        self._events.append(row)
-        self.call_writer(self.SOON_S)
-        return True
-
-    def has_its_share_waiting(self, device_id: str) -> bool:
-        """Whether as much of a device's telemetry waits as it may have, whatever others do."""
-        return self._shares[device_id] > self.TELEMETRY_LIMIT_BYTES // max(self.MIN_SHARES, len(self._shares))
-
-    def put_snapshot(self, row: Row) -> bool:
-        """Append a snapshot. False where the limit is reached, and the device's share of it, and it was dropped."""
-        if self._snapshot_bytes > self.TELEMETRY_LIMIT_BYTES and self.has_its_share_waiting(row["device_id"]):
-            self.rows_dropped += 1
-            return False
-        self._count(row, 1)
-        self._snapshots.append(row)
-        self._call_for_telemetry()
-        return True
-
-    def _size_bytes(self, snapshot: Row) -> int:
-        return self.SNAPSHOT_OVERHEAD_BYTES + len(snapshot["state_data"])
-
-    def _count(self, snapshot: Row, factor: int) -> None:
-        """Count a snapshot and what it takes, or no longer takes where the factor is -1."""
-        size_bytes, device_id = factor * self._size_bytes(snapshot), snapshot["device_id"]
-        self._snapshot_count += factor
-        self._snapshot_bytes += size_bytes
-        self._shares[device_id] += size_bytes
-        if self._shares[device_id] <= 0:
-            del self._shares[device_id]
-
-    def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
-        """Stand in line. The future is done when all that was put before is written: with the snapshots, or without."""
-        line: deque[Any] | list[Any] = self._snapshots if behind_snapshots else self._waiting
-        if not line or not isinstance(line[-1], asyncio.Future):  # else somebody stands here, for the same
-            line.append(asyncio.get_running_loop().create_future())
-        self._is_joined = True
-        self.call_writer()
-        written: asyncio.Future[None] = line[-1]
-        return written
-
-    def take(self) -> Batch:
-        """Everything for the next batch, of the snapshots the oldest BATCH_BYTES. It is in flight until `settle`."""
-        batch = Batch(
-            devices={device_id: device.row() for device_id, device in self._devices.items()},
-            commands=[command.row() for command in self._commands],
-            events=self._events,
-            waiting=self._waiting,
-        )
-        self._devices, self._events, self._waiting = {}, [], []
-        self._commands = Bounded(self.MAX_COMMANDS, self.COMMANDS_LIMIT_BYTES)
-        room_bytes = self.BATCH_BYTES
-        while self._snapshots and room_bytes > 0:
-            item = self._snapshots.popleft()
-            if isinstance(item, asyncio.Future):
-                batch.waiting.append(item)
-            else:
-                batch.snapshots.append(item)
-                room_bytes -= self._size_bytes(item)
-        self.silence_alarm()
-        if not self._snapshots:  # a backlog goes on at once
-            self.is_due.clear()
-            self._is_joined = False
-        self._telemetry_due_s = time.monotonic() + self._commit_interval_s
-        self.in_flight = batch
-        return batch
-
-    def settle(self) -> None:
-        """What was in flight is written."""
-        batch, self.in_flight = self.in_flight, Batch()
-        for row in batch.snapshots:
-            self._count(row, -1)
-        for waiting in batch.waiting:
-            if not waiting.done():
-                waiting.set_result(None)
-
-
 class Reader:
-    """Questions to the database, a few at a time, each in a thread of its own. Belongs to the event loop."""
+    """Asks the database in threads, THREADS at a time, and breaks off what nobody waits for. Belongs to the event loop."""
 
     THREADS = 3  # so that a cheap question needn't wait for a dear one
     BREAK_OFF_TIMEOUT_S = 1.0  # SQLite looks every 10,000 steps; only a disk that hangs takes longer
@@ -1815,7 +1836,7 @@ class Writer:
             if not is_fault_of_a_row(error):
                 raise
             # Rows of devices that somebody deleted behind our back would be refused for ever.
-            owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.events)}
+            owners = {row["device_id"] for row in itertools.chain(batch.snapshots, batch.connections)}
             batch.devices = self._backlog.device_rows(owners) | batch.devices
             refused = await self.run(self._database.commit_row_by_row, batch)
             for table, row, reason in refused:
@@ -1919,7 +1940,7 @@ class Store:
         """What `GET /health` shows of it (contract, section 6); sizes only where they are known."""
         return {
             "database": self.problem() or "ok",
-            **self._database.room.sizes,
+            **self._database.disk_space.sizes,
             "rows_waiting": self.backlog.rows_waiting,
             "rows_dropped": self.backlog.rows_dropped,
             "rows_rejected": self.writer.rows_rejected,
@@ -1932,16 +1953,19 @@ class Store:
 
     # -- waiting for what was put --------------------------------------------------------------------------------------
 
-    async def commit_command(self, command_id: str, command: Stored, timeout_s: float) -> bool:
+    async def commit_command(
+        self, command_id: str, command: Stored, timeout_s: float, is_urged: asyncio.Future[None] | None = None
+    ) -> bool:
         """Write a command's row and wait until it is committed.
 
-        False after `timeout_s`, where the database refused the row, and at once when writes fail now.
+        False after `timeout_s`, when it is urged, where the database refused the row, and at once when writes fail now.
         """
         self.backlog.put_command(command_id, command)
         if self.problem() is not None:
             return False
         written = self.backlog.join(behind_snapshots=False)
-        await asyncio.wait((written,), timeout=timeout_s)
+        ends = {written} if is_urged is None else {written, is_urged}
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return written.done() and command_id not in self.writer.rejected_commands
 
     async def flush(self) -> bool:
@@ -2027,7 +2051,7 @@ class Store:
         while True:
             now_s = time.monotonic()
             try:
-                await self.writer.run(self._database.room.look)
+                await self.writer.run(self._database.disk_space.look)
                 for table in HISTORIES:
                     await self._survey(table)
                 if now_s - index_tried_s >= self.INDEX_RETRY_S:
@@ -2078,9 +2102,13 @@ class Store:
         """Delete what is older than `keep_days`, in steps between batches."""
         before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
         for table in HISTORIES:
-            limit = self.DELETED_AT_ONCE
-            while await self.writer.run(self._database.delete_before, table, before, limit) == limit:
+            deleted, count = 0, self.DELETED_AT_ONCE
+            while count == self.DELETED_AT_ONCE:
+                count = await self.writer.run(self._database.delete_before, table, before, self.DELETED_AT_ONCE)
+                deleted += count
                 await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
+            if deleted:
+                log.info("old_rows_deleted", table=table, rows=deleted, before=before)
 
 
 # ======================================================================================================================
@@ -2355,7 +2383,9 @@ class Registry:
         if device is None:
             device = Device(connection.device_id, device_type, now, metadata="{}" if self._is_complete else None)
             self.know(device)
-        is_logged = device.connection is None or self._replace(device, device.connection, connection, now)
+        is_logged = True
+        if device.connection is not None:
+            is_logged = self._replace(device, device.connection, connection, now)
         device.device_type = device_type
         device.connected_at = device.last_heartbeat = now
         device.disconnected_at = None
@@ -2363,13 +2393,14 @@ class Registry:
         connection.device = device
         self.save(device)
         if is_logged:
-            self._log_event(device, CONNECTED, {"peer": connection.peer}, now)
+            self._log_connection(device, CONNECTED, {"peer": connection.peer}, now)
         return device
 
     def _replace(self, device: Device, previous: Connection, connection: Connection, now: datetime) -> bool:
-        """The newer connection wins, also where the older one registers last. At no moment the device reads as offline.
+        """A takeover: the newer connection wins, also where the older one registers last, which raises UNAUTHORIZED.
 
-        Returns whether it is written: two boards with one id would fill the history.
+        At no moment the device reads as offline. Returns whether the history is to have it: two boards with one id would
+        fill that.
         """
         reason = "replaced by a newer connection"
         if previous.serial > connection.serial:
@@ -2379,7 +2410,7 @@ class Registry:
         within_s = device.takeovers[-1] - device.takeovers[0]
         is_logged = len(device.takeovers) < self.MAX_TAKEOVERS or within_s > self.TAKEOVER_WINDOW_S
         if is_logged:
-            self._log_event(device, DISCONNECTED, previous.end_details(CLOSE_REPLACED, "replaced"), now)
+            self._log_connection(device, DISCONNECTED, previous.end_details(CLOSE_REPLACED, "replaced"), now)
         else:
             device.unlogged_takeovers += 1
             log.warning("takeovers_not_written", device_id=device.device_id, reason="two boards have this device_id")
@@ -2394,10 +2425,10 @@ class Registry:
         device.connection = None
         device.disconnected_at = utc_now()
         self.save(device)
-        self._log_event(device, event, connection.end_details(code, reason), device.disconnected_at)
+        self._log_connection(device, event, connection.end_details(code, reason), device.disconnected_at)
         return device
 
-    def _log_event(self, device: Device, event: str, details: Row, moment: datetime) -> None:
+    def _log_connection(self, device: Device, event: str, details: Row, moment: datetime) -> None:
         if device.unlogged_takeovers:
             details["takeovers"], device.unlogged_takeovers = device.unlogged_takeovers, 0
         row = {
@@ -2408,7 +2439,7 @@ class Registry:
             "details": to_json(details),
         }
         log.info(f"device_{event}", device_id=device.device_id, **details)
-        if not self._store.backlog.put_event(row):
+        if not self._store.backlog.put_connection_event(row):
             log.warning("event_dropped", device_id=device.device_id, dropped=event)
 
 
@@ -2421,7 +2452,8 @@ class Registry:
 class Command:
     """One command and what became of it. `recipients` is None after a restart: then any device of the type may answer.
 
-    It is open until every target has answered or its time is over; an answer that comes later still counts.
+    Its `status` is that of the contract's section 4. It is open until every target has answered or its time is over: with
+    `created` or `sent`, or with `ack_error` from the first failure on. An answer that comes later still counts.
     """
 
     device_type: str
@@ -2437,6 +2469,7 @@ class Command:
     completed_at: datetime | None = None
     deadman: Deadman | None = None
     recipients: set[str] | None = dataclasses.field(default_factory=set)
+    meant: Collection[str] = ()  # the ids that the caller named
     answers: dict[str, msgspec.Raw] = dataclasses.field(default_factory=dict)
     answer_bytes: int = 0
     succeeded: set[str] = dataclasses.field(default_factory=set)
@@ -2505,7 +2538,7 @@ class Command:
             return (device.device_id in answered or is_missing) and self.device_type in (device.device_type, EVERY_TYPE)
         return device.device_id in self.recipients
 
-    def record_answer(self, device_id: str, ack: CommandAck) -> bool:
+    def count_answer(self, device_id: str, ack: CommandAck) -> bool:
         """Count a device's answer and move the status on. False where it changes nothing.
 
         A repeated answer changes nothing, and a success that follows a failure of the same device doesn't undo it:
@@ -2659,7 +2692,7 @@ class Event:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Listener:
-    """Somebody who follows what happens. A filter that is None lets everything pass; `cut_off` ends the way to them."""
+    """A caller of `GET /events`. A filter that is None lets everything pass; `cut_off` ends the connection."""
 
     cut_off: Callable[[], None]
     names: Collection[str] | None = None
@@ -2822,6 +2855,20 @@ class Events:
 # ======================================================================================================================
 
 
+class Departure:
+    """A command that waits for its row before it goes to these devices."""
+
+    def __init__(self, device_ids: Collection[str]) -> None:
+        self.device_ids = frozenset(device_ids)
+        self.is_urged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_over = asyncio.Event()  # it went, or never will
+
+    def urge(self) -> None:
+        """Have it go at once: another one to the same device is due."""
+        if not self.is_urged.done():
+            self.is_urged.set_result(None)
+
+
 class Dispatch:
     """Commands on their way: to whom they go, what comes back, and the deadmen that go with them."""
 
@@ -2839,6 +2886,7 @@ class Dispatch:
         self._deadmen: dict[str, Device] = {}  # the devices that have one armed
         self._next_due: asyncio.TimerHandle | None = None
         self._firing: set[asyncio.Task[None]] = set()
+        self._departures: dict[Command, Departure] = {}  # of commands that wait for their rows, in the order they came
         self._is_stopping = False
         self.ended: Counter[str] = Counter()  # commands by the status they ended with
         self.answer_seconds = prometheus_client.Histogram(
@@ -2856,11 +2904,25 @@ class Dispatch:
             self._build(device_type, request.deadman.command_name, request.deadman.payload, targets).frame()
         command = self._build(device_type, request.command_name, request.payload, targets)
         command.timeout_s = float(request.timeout or command.timeout_s)
-        command.deadman = request.deadman
+        command.deadman, command.meant = request.deadman, request.device_id or ()
         frame = command.frame()
         self._enter(command)
-        command.is_persisted = await self._store.commit_command(command.command_id, command, self.PERSIST_TIMEOUT_S)
-        await self._send(command, frame, targets)
+        departure = self._departures[command] = Departure({device.device_id for device in targets})
+        try:
+            command.is_persisted = await self._store.commit_command(
+                command.command_id, command, self.PERSIST_TIMEOUT_S, departure.is_urged
+            )
+            # What was posted later must not drive on a robot that this stops: a command that is due has those before it go.
+            for other in [*self._departures.values()]:
+                if other is departure:
+                    break
+                if other.device_ids & departure.device_ids:
+                    other.urge()
+                    await other.is_over.wait()
+            await self._send(command, frame, targets)
+        finally:
+            del self._departures[command]
+            departure.is_over.set()
         return command
 
     def _build(self, device_type: str, name: str, payload: dict[str, Any] | None, targets: Collection[Device]) -> Command:
@@ -2875,7 +2937,7 @@ class Dispatch:
 
     def _save(self, command: Command) -> None:
         self._store.backlog.put_command(command.command_id, command)
-        device_ids = command.answers if command.recipients is None else command.recipients
+        device_ids = command.answers if command.recipients is None else command.recipients or command.meant
         self._events.tell("command", command.device_type, device_ids, command.shown, of=command.command_id)
 
     def _enter(self, command: Command) -> None:
@@ -2930,12 +2992,12 @@ class Dispatch:
                 )
         return self._registry.type_of(devices), [device for device in devices if device.is_online]
 
-    def explain_no_devices(self, request: CommandRequest) -> str:
+    def explain_no_devices(self, request: CommandRequest, command: Command) -> str:
         """Why a command found none: which ids are offline, or which types there are and how many of each are online."""
+        if command.target_device_count:
+            return f"{command.target_device_count} online, but none takes what it is sent"
         if request.device_id is not None:
-            devices = [self._registry.find(device_id) for device_id in request.device_id]
-            offline = [device.device_id for device in devices if device is not None and not device.is_online]
-            return f"offline: {', '.join(offline)}" if offline else "none of them takes what it is sent"
+            return f"offline: {', '.join(dict.fromkeys(request.device_id))}"
         return f"no device of type {request.device_type} is online; types known: {self._registry.types() or 'none yet'}"
 
     async def _send(
@@ -2994,7 +3056,8 @@ class Dispatch:
         was_open, was_complete = command.is_open, command.completed_at is not None
         if command.answer_bytes > Commands.MAX_CONTENT_BYTES // 2:
             message.payload = None  # counted all the same
-        if command.record_answer(device.device_id, message):
+            log.warning("answer_not_kept", device_id=device.device_id, reason="the answers to this command take too much")
+        if command.count_answer(device.device_id, message):
             self._keep(command)
             if was_open and not command.is_open:
                 self.ended[command.status] += 1
@@ -3003,7 +3066,7 @@ class Dispatch:
             self._save(command)
             log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
 
-    def record_alert(self, device: Device, alert: Row) -> None:
+    def note_alert(self, device: Device, alert: Row) -> None:
         """A board raised an alert: who waits for its answer gets to see it (a locked wheel sends nothing else)."""
         for command in self._awaited:
             if command.recipients and device.device_id in command.recipients and len(command.alerts) < self.MAX_ALERTS:
@@ -3204,7 +3267,7 @@ class Gateway:
         now = utc_now()  # once a message: on some machines the clock takes longer than the rest
         match message:
             case Status():
-                self._record_status(device, message, now)
+                self._take_status(device, message, now)
             case Heartbeat():
                 connection.has_heartbeat = True
             case CommandAck():
@@ -3212,9 +3275,9 @@ class Gateway:
             case Registration():
                 self._register(device, message)
             case Alert():
-                self._record_alert(device, now, "alert", message.alert_type, message.message)
+                self._take_alert(device, now, "alert", message.alert_type, message.message)
             case ErrorReport():
-                self._record_alert(device, now, "error", str(message.error_code), message.error_message, message.context)
+                self._take_alert(device, now, "error", str(message.error_code), message.error_message, message.context)
         self.messages[type(message)] += 1
         self.note_activity(connection, now)
         connection.last_message_s = connection.heard_s
@@ -3237,7 +3300,7 @@ class Gateway:
         self.registry.save(device)
         self._tell_of(device, "device", device.record)
 
-    def _record_status(self, device: Device, message: Status, now: datetime) -> None:
+    def _take_status(self, device: Device, message: Status, now: datetime) -> None:
         device.state, device.state_timestamp = to_json(message.payload), now
         self.registry.keep_content(device)
         row = {
@@ -3250,10 +3313,10 @@ class Gateway:
             log.warning("snapshots_dropped", device_id=device.device_id)
         self._tell_of(device, "state", device.state_record)
 
-    def _record_alert(self, device: Device, now: datetime, kind: str, of_type: str, text: str, context: object = None) -> None:
+    def _take_alert(self, device: Device, now: datetime, kind: str, of_type: str, text: str, context: object = None) -> None:
         """A board says what a person should know."""
         device.alert = {"kind": kind, "type": of_type[:200], "message": text[:1000], "timestamp": format_time(now)}
-        self.dispatch.record_alert(device, device.alert)
+        self.dispatch.note_alert(device, device.alert)
         record = {"device_id": device.device_id, "device_type": device.device_type, **device.alert}
         self.events.tell("alert", device.device_type, (device.device_id,), lambda: record)
         log.warning(f"device_{kind}", device_id=device.device_id, type=of_type, message=text, context=context)
@@ -3267,7 +3330,7 @@ class Gateway:
         return connection in self._fast
 
     async def take_turn(self, device_id: str) -> None:
-        """What a board that floods owes the others: its turn, and a disk that keeps up."""
+        """Wait until the boards that flood and came before have had theirs, and until its share of what waits is written."""
         async with self._lane:
             await asyncio.sleep(self.LANE_PAUSE_S)
         if self._store.backlog.has_its_share_waiting(device_id):
@@ -3384,8 +3447,8 @@ class DeviceSocket(Connection):
         self._gateway = gateway
         self._on_whole = on_whole
         self._request = request
-        self._farewell: tuple[str, int, str] | None = None  # event, code, reason
-        self._has_said_goodbye = False
+        self._our_close: tuple[str, int, str] | None = None  # event, code, reason
+        self._has_sent_close = False
         self._close_code: int | None = None  # of a close that came from the other side, or from what it sent
         self._receiving: asyncio.Timeout | None = None
         self._allowance = self.ALLOWANCE
@@ -3404,21 +3467,21 @@ class DeviceSocket(Connection):
         await self._socket.prepare(self._request)
         try:
             await self._gateway.opened(self)
-            if self._farewell is None:
+            if self._our_close is None:
                 await self._receive_until_called_back()
-            if self._farewell is not None:
-                await self._say_goodbye()
+            if self._our_close is not None:
+                await self._send_close()
         except ConnectionError:
             pass  # the board went while it was written to
         except Exception:
             log.exception("connection_failed", device_id=self.device_id)
-            self._farewell = DISCONNECTED, WSCloseCode.INTERNAL_ERROR, "internal error"
+            self._our_close = DISCONNECTED, WSCloseCode.INTERNAL_ERROR, "internal error"
             with contextlib.suppress(TimeoutError, ConnectionError):
-                await self._say_goodbye()
+                await self._send_close()
         finally:
             if self._request.transport is not None:
                 self._request.transport.close()
-            self._gateway.closed(self, *self._ending())
+            self._gateway.closed(self, *self._how_it_ended())
             if (error := self._socket.exception()) is not None:  # it would keep all of this until a full collection
                 error.__traceback__ = error.__context__ = None
         return self._socket
@@ -3451,8 +3514,8 @@ class DeviceSocket(Connection):
 
     def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
         """See Connection. Takes CLOSE_TIMEOUT_S twice at the most: to hand the close frame over, and for the echo."""
-        if self._farewell is None:
-            self._farewell = event, code, reason
+        if self._our_close is None:
+            self._our_close = event, code, reason
             if self._receiving is not None:
                 self._receiving.reschedule(asyncio.get_running_loop().time())
 
@@ -3465,20 +3528,20 @@ class DeviceSocket(Connection):
         finally:
             self._receiving = None
 
-    async def _say_goodbye(self) -> None:
+    async def _send_close(self) -> None:
         """Send the close frame, and go on listening until the board's echo: an answer that was on its way still counts."""
-        assert self._farewell is not None
-        _, code, reason = self._farewell
-        self._has_said_goodbye = True
+        assert self._our_close is not None
+        _, code, reason = self._our_close
+        self._has_sent_close = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.CLOSE_TIMEOUT_S):
                 await self._socket.send_frame(struct.pack("!H", code) + reason.encode()[:123], WSMsgType.CLOSE)
                 await self._receive()
 
-    def _ending(self) -> tuple[str, int | None, str]:
+    def _how_it_ended(self) -> tuple[str, int | None, str]:
         """How the connection ended: event, close code, reason."""
-        if self._farewell is not None:
-            return self._farewell
+        if self._our_close is not None:
+            return self._our_close
         return DISCONNECTED, self._close_code, self.ENDINGS.get(self._close_code, "closed by the device")
 
     async def _receive(self) -> None:
@@ -3495,10 +3558,10 @@ class DeviceSocket(Connection):
                 case WSMsgType.PING:
                     await self._socket.pong(frame.data)
                 case WSMsgType.PONG:
-                    if self._farewell is None:
+                    if self._our_close is None:
                         self._gateway.note_activity(self, utc_now())
                 case WSMsgType.CLOSE:
-                    if self._farewell is None:
+                    if self._our_close is None:
                         self._close_code = frame.data or NO_STATUS_RECEIVED
                         await self._socket.close(code=frame.data or WSCloseCode.OK)
                     return
@@ -3512,7 +3575,7 @@ class DeviceSocket(Connection):
         if frame.type is WSMsgType.BINARY:
             raise GatewayError(Code.INVALID_MESSAGE, "binary frame: messages are JSON objects in text frames")
         message = decode_board_message(frame.data)
-        if self._farewell is None:
+        if self._our_close is None:
             self._gateway.handle(self, message)
         elif isinstance(message, CommandAck) and self.device is not None:
             # What a board still says after it was hung up on marks nobody online (contract, section 1).
@@ -3543,7 +3606,7 @@ class DeviceSocket(Connection):
         self._turn_ends_s = time.monotonic() + self.TURN_S
 
     async def _refuse(self, error: GatewayError) -> None:
-        if self._has_said_goodbye:  # nothing may follow a close frame (RFC 6455, section 5.5.1)
+        if self._has_sent_close:  # nothing may follow a close frame (RFC 6455, section 5.5.1)
             return
         text = str(error)
         self._gateway.refused[error.code.name] += 1
@@ -4274,7 +4337,7 @@ DeviceIdsText = Annotated[
         pattern=rf"\A{DEVICE_ID_PATTERN}(,{DEVICE_ID_PATTERN})*\Z", title="one device_id or several, with commas between"
     ),
 ]
-EventsText = Annotated[
+EventNames = Annotated[
     str,
     msgspec.Meta(
         pattern=r"\A(device|state|command|alert)(,(device|state|command|alert))*\Z",
@@ -4287,7 +4350,7 @@ class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`GET /events`."""
 
     device_id: DeviceIdsText | None = None
-    event: EventsText | None = None
+    event: EventNames | None = None
     device_type: str | None = None
 
 
@@ -4303,17 +4366,17 @@ Limit = Annotated[
 RowId = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 
 
-class RangeQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class HistoryQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What every history takes."""
 
     table: ClassVar[TableName]
     rows_name: ClassVar[str]  # in the answer
+    key: ClassVar[str] = "id"  # what `before_id` names
 
     limit: Limit = 100
     since: Annotated[Moment | None, msgspec.Meta(description="this time and later; UTC where no zone is given")] = None
-    until: Annotated[Moment | None, msgspec.Meta(description="this time and earlier: who pages by it gets its rows again")] = (
-        None
-    )
+    until: Annotated[Moment | None, msgspec.Meta(description="this time and earlier")] = None
+    before_id: Any = None
     format: Literal["json", "csv"] = "json"
 
     def __post_init__(self) -> None:
@@ -4321,31 +4384,31 @@ class RangeQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         if self.limit > MAX_ROWS[self.format]:
             raise GatewayError(Code.INVALID_FIELD_VALUE, wrong_value("limit", self.limit, Limit))
 
+    def filters(self, last: Row | None = None) -> dict[str, Any]:
+        """The rows that are wanted, after `last` where that is known, in the words of Store's `history`."""
+        before = self.before_id if last is None else last[self.key]
+        return {"since": stored_time(self.since), "until": stored_time(self.until), "before": before}
 
-class HistoryQuery(RangeQuery, kw_only=True):
+
+BEFORE = msgspec.Meta(description="only rows before the one with this id: the last one of an answer, to go on behind it")
+
+
+class StateHistoryQuery(HistoryQuery, kw_only=True):
     """`GET /state-history/{device_id}`."""
 
     table: ClassVar[TableName] = "device_state_snapshots"
     rows_name = "states"
 
-    before_id: Annotated[RowId | None, msgspec.Meta(description="only rows before the one with this id")] = None
-
-    def filters(self, last: Row | None = None) -> dict[str, Any]:
-        """The rows that are wanted, after `last` where that is known, in the words of Store's `history`."""
-        before = self.before_id if last is None else last["id"]
-        return {"since": stored_time(self.since), "until": stored_time(self.until), "before": before}
-
-    def goes_on(self, last: Row) -> Row:
-        """The parameter that asks for what comes after `last`."""
-        return {"before_id": last["id"]}
+    before_id: Annotated[RowId | None, BEFORE] = None
 
 
-class EventsQuery(HistoryQuery, kw_only=True):
+class ConnectionHistoryQuery(HistoryQuery, kw_only=True):
     """`GET /device-connection-history/{device_id}`."""
 
     table: ClassVar[TableName] = "device_connection_logs"
     rows_name = "events"
 
+    before_id: Annotated[RowId | None, BEFORE] = None
     event: Literal["connected", "disconnected", "timeout"] | None = None
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
@@ -4353,29 +4416,21 @@ class EventsQuery(HistoryQuery, kw_only=True):
         return super().filters(last) | ({"event": self.event} if self.event else {})
 
 
-class CommandLogsQuery(RangeQuery, kw_only=True):
+class CommandLogsQuery(HistoryQuery, kw_only=True):
     """`GET /command-logs`."""
 
     table: ClassVar[TableName] = "command_logs"
     rows_name = "logs"
+    key = "command_id"
 
+    before_id: Annotated[str | None, BEFORE] = None
     status: Literal["created", "sent", "ack_success", "ack_error", "ack_timeout", "no_devices"] | None = None
     device_type: str | None = None
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
         """See HistoryQuery."""
-        wanted = {
-            "status": self.status,
-            "device_type": self.device_type,
-            "since": stored_time(self.since),
-            "until": stored_time(self.until),
-            "before": None if last is None else last["command_id"],
-        }
-        return {name: value for name, value in wanted.items() if value is not None}
-
-    def goes_on(self, last: Row) -> Row:
-        """See HistoryQuery."""
-        return {"until": last["created_at"]}
+        equal = {"status": self.status, "device_type": self.device_type}
+        return super().filters(last) | {name: value for name, value in equal.items() if value is not None}
 
 
 def parse_query(request: web.Request, kind: type[AnyStruct]) -> AnyStruct:
@@ -4430,6 +4485,8 @@ async def stream(request: web.Request, response: web.StreamResponse, parts: Asyn
     An empty part means that what there is goes out now.
     """
     assert isinstance(request.protocol, HttpConnection)
+    if request.method == "HEAD":
+        return response
     waiting = bytearray()
     async for part in parts:
         waiting += part
@@ -4462,23 +4519,27 @@ ReadRows = Callable[..., Awaitable[list[Row]]]
 """What gives up to `limit` rows that match filters, newest first."""
 
 
-async def json_history(query: HistoryQuery | CommandLogsQuery, read: ReadRows, about: Row) -> Row:
+async def json_history(query: HistoryQuery, read: ReadRows, about: Row) -> Row:
     """The rows that a query wants, and what they are `about`.
 
-    One that ended early, at MAX_ANSWER_BYTES, says with what parameter the next one goes on.
+    One that ended early, at MAX_ANSWER_BYTES, says with what `before_id` the next one goes on.
     """
     rows = await read(query.limit, **query.filters())
     encoded = json_encoder.encode(rows)
     is_cut = len(rows) < query.limit and len(encoded) > Database.MAX_ANSWER_BYTES
-    goes_on = query.goes_on(rows[-1]) if is_cut else {}
+    goes_on = {"before_id": rows[-1][query.key]} if is_cut else {}
     return {**about, "total": len(rows), query.rows_name: msgspec.Raw(encoded), **goes_on}
 
 
-async def csv_history(query: HistoryQuery | CommandLogsQuery, read: ReadRows) -> AsyncIterator[bytes]:
+async def csv_history(query: HistoryQuery, read: ReadRows) -> AsyncIterator[bytes]:
     """The rows that a query wants as CSV, in parts, written out as they are read."""
-    left = query.limit
-    rows = await read(min(left, CSV_PAGE_ROWS), **query.filters())
-    sheet = StateSheet(rows) if query.table == "device_state_snapshots" else Sheet(query.table)
+    keys: dict[str, None] = {}
+    left, last = CSV_PAGE_ROWS, None
+    while query.table == "device_state_snapshots" and left and (rows := await read(left, **query.filters(last))):
+        keys |= dict.fromkeys(key for row in rows for key in state_of(row))
+        left, last = left - len(rows), rows[-1]
+    sheet = StateSheet(keys) if query.table == "device_state_snapshots" else Sheet(query.table)
+    left, rows = query.limit, await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
     yield csv_line(sheet.header)
     while rows:
         for row in rows:
@@ -4496,13 +4557,14 @@ def csv_line(values: Iterable[Any]) -> bytes:
     return text.getvalue().encode()
 
 
+_FORMULA_MARKS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last are full-width
 _NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?")
 
 
 def csv_cell(value: Any) -> str:
     """A value as a cell: text that a spreadsheet would take for a formula gets a `'` in front, null is empty, the rest JSON."""
     if isinstance(value, str):
-        return "'" + value if value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(value) else value
+        return "'" + value if value.startswith(_FORMULA_MARKS) and not _NUMBER.fullmatch(value) else value
     return "" if value is None else to_json(value)
 
 
@@ -4518,22 +4580,23 @@ class Sheet:
 
 
 class StateSheet(Sheet):
-    """States: a column for each top-level key of the newest ones, and what others have besides as JSON in `other`."""
+    """States: a column for each of these top-level keys, and what a state has besides as JSON in `other`."""
 
-    def __init__(self, newest: Iterable[Row]) -> None:
-        keys = dict.fromkeys(key for row in newest for key in self._state(row))
+    def __init__(self, keys: Iterable[str]) -> None:
         self._keys = [key for key in keys if key not in ("timestamp", "other")][:MAX_STATE_COLUMNS]
         self.header = ["timestamp", *self._keys, "other"]
 
     def cells(self, row: Row) -> list[Any]:
         """See Sheet."""
-        state = self._state(row)
+        state = state_of(row)
         known = [state.pop(key, None) for key in self._keys]
         return [row["timestamp"], *known, state or None]
 
-    def _state(self, row: Row) -> dict[str, Any]:
-        state = json_decoder.decode(row["state_data"] or b"null")
-        return state if isinstance(state, dict) else {"other": state}  # the earlier backend left there what it liked
+
+def state_of(snapshot: Row) -> dict[str, Any]:
+    """The state that a row has."""
+    state = json_decoder.decode(snapshot["state_data"] or b"null")
+    return state if isinstance(state, dict) else {"other": state}  # the earlier backend left there what it liked
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -4954,13 +5017,13 @@ COMMAND = answer_type(
     | {"payload": dict, "target_device_count": int, "success_count": int},
     {"response_data": Any, "alerts": list, "deadman": Deadman, "detail": str, "persisted": bool},
 )
-# Where a history ended early, its last key is the parameter that the next question goes on with.
+# Where a history ended early, `before_id` is the parameter that the next question goes on with.
 STATES = list_of(answer_type("State", columns_of("device_state_snapshots")))
 STATE_HISTORY = answer_type("StateHistory", {"device_id": str, "total": int, "states": STATES}, {"before_id": int})
 EVENTS = list_of(answer_type("ConnectionEvent", columns_of("device_connection_logs")))
 CONNECTION_HISTORY = answer_type("ConnectionHistory", {"device_id": str, "total": int, "events": EVENTS}, {"before_id": int})
 COMMAND_LOG = answer_type("CommandLog", columns_of("command_logs"))
-COMMAND_LOGS = answer_type("CommandLogs", {"total": int, "logs": list_of(COMMAND_LOG)}, {"until": str})
+COMMAND_LOGS = answer_type("CommandLogs", {"total": int, "logs": list_of(COMMAND_LOG)}, {"before_id": str})
 
 
 def openapi(table: Iterable[Route]) -> msgspec.Raw:
@@ -5006,7 +5069,7 @@ def operation(route: Route, schemas: Mapping[str, Any]) -> Row:
             about = {"description": schema["description"]} if "description" in schema else {}
             # In a query nothing is null: that is what is left out.
             parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], **about})
-        if issubclass(route.query, RangeQuery):
+        if issubclass(route.query, HistoryQuery):
             content["text/csv"] = {}
     responses = {"200": {"description": "done", "content": content}}
     responses |= {status: {"description": "refused", "content": json_of(ERROR)} for status in ("4XX", "5XX")}
@@ -5044,10 +5107,16 @@ class RestApi:
             Route("GET", "/devices/{device_id}", self.device, NoQuery, DEVICE),
             Route("DELETE", "/devices/{device_id}", self.delete_device, NoQuery, DELETED),
             Route("POST", "/command", self.command, CommandQuery, COMMAND, body=CommandRequest),
-            Route("GET", "/state-history/{device_id}", self.state_history, HistoryQuery, STATE_HISTORY),
+            Route("GET", "/state-history/{device_id}", self.state_history, StateHistoryQuery, STATE_HISTORY),
             Route("GET", "/command-logs", self.command_logs, CommandLogsQuery, COMMAND_LOGS),
             Route("GET", "/command-logs/{command_id}", self.command_log, NoQuery, COMMAND_LOG),
-            Route("GET", "/device-connection-history/{device_id}", self.connection_history, EventsQuery, CONNECTION_HISTORY),
+            Route(
+                "GET",
+                "/device-connection-history/{device_id}",
+                self.connection_history,
+                ConnectionHistoryQuery,
+                CONNECTION_HISTORY,
+            ),
             Route("GET", "/metrics", self.metrics, NoQuery, "text/plain"),
             Route("GET", "/openapi.json", self.openapi, NoQuery, "application/json"),
         )
@@ -5115,7 +5184,7 @@ class RestApi:
             await self._gateway.dispatch.wait_for_answers(command, wanted.wait)
         answer = command.record(with_answers=bool(wanted.wait))
         if command.status == NO_DEVICES:
-            answer["detail"] = self._gateway.dispatch.explain_no_devices(wanted)
+            answer["detail"] = self._gateway.dispatch.explain_no_devices(wanted, command)
         return answer
 
     async def state_history(self, request: web.Request, query: HistoryQuery) -> object:
@@ -5124,7 +5193,7 @@ class RestApi:
         read = functools.partial(self._store.history, query.table, device_id=device_id)
         return await self._history(request, query, read, {"device_id": device_id})
 
-    async def connection_history(self, request: web.Request, query: EventsQuery) -> object:
+    async def connection_history(self, request: web.Request, query: ConnectionHistoryQuery) -> object:
         """`GET /device-connection-history/{device_id}`."""
         return await self.state_history(request, query)
 
@@ -5132,9 +5201,7 @@ class RestApi:
         """`GET /command-logs`."""
         return await self._history(request, query, functools.partial(self._store.history, query.table), {})
 
-    async def _history(
-        self, request: web.Request, query: HistoryQuery | CommandLogsQuery, read: ReadRows, about: Row
-    ) -> object:
+    async def _history(self, request: web.Request, query: HistoryQuery, read: ReadRows, about: Row) -> object:
         name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
         headers = {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
         assert isinstance(request.protocol, HttpConnection)
@@ -5519,7 +5586,7 @@ async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop:
                 await stop.wait()
 
 
-async def say_goodbye(gateway: Gateway, listener: asyncio.Server) -> None:
+async def log_everybody_off(gateway: Gateway, listener: asyncio.Server) -> None:
     """Let nobody in any more, and log every board off."""
     notify("STOPPING=1", "STATUS=stopping")
     log.info("stopping", devices_online=len(gateway.registry.matching(is_online=True)))
@@ -5528,7 +5595,13 @@ async def say_goodbye(gateway: Gateway, listener: asyncio.Server) -> None:
 
 
 async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
-    """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError."""
+    """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError.
+
+    A stop: nobody is let in; armed deadmen are sent; who waits for answers gets what there is; every board is offline in
+    its history, gets a close frame and has some seconds to echo it, and what it acknowledges until then counts; listeners
+    hear of all that and go (`Gateway.stop`). Then answers that are under way end, the store writes what is queued and closes
+    the file (`runner.cleanup`).
+    """
     tls_options = _tls_options(settings)
     app = build_app(settings)
     gateway, store = app[GATEWAY], app[STORE]
@@ -5548,7 +5621,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
     exit_code = 0
     for step in (
         functools.partial(keep_up, gateway, store, urls, stop),
-        functools.partial(say_goodbye, gateway, listener),
+        functools.partial(log_everybody_off, gateway, listener),
         runner.cleanup,
     ):
         try:
@@ -5857,6 +5930,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"amhrpd.py {use}".rstrip(),
             usage="%(prog)s [flags]",
+            allow_abbrev=False,
             description=description,
             epilog=f"Only as variables: {', '.join(variable_of(name) for name in fields if name not in flags)}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,

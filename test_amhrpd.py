@@ -1734,7 +1734,7 @@ async def test_wrong_parameters_are_named(database: Path) -> None:
             "/state-history/a?before_id=99999999999999999999": "before_id",
             "/state-history/a?event=connected": "event",
             "/command-logs?status=acked": "status",
-            "/command-logs?before_id=1": "before_id",
+            "/command-logs?before_id=a&before_id=b": "before_id",
             "/device-connection-history/a?event=online": "event",
         }.items():
             answer = await client.get(path, 400)
@@ -2038,7 +2038,7 @@ async def test_metrics_count_what_happened(database: Path) -> None:
 
 @in_a_loop
 async def test_health_knows_the_size_of_the_file_and_what_is_free(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Room, "LOOK_INTERVAL_S", 0.0)
+    monkeypatch.setattr(amhrpd.DiskSpace, "LOOK_INTERVAL_S", 0.0)
     async with gateway_on(database) as client:
         await client.post("/command?device_type=none&command_name=x")
         health = await client.get("/health")
@@ -2529,9 +2529,9 @@ async def test_live_answers_never_touch_the_database(database: Path) -> None:
         with executed() as statements:
             for path in ("/health", "/devices", "/devices/a"):
                 await client.get(path)
-            assert statements == []
+            assert [each.sql for each in statements if "earliest" not in each.sql] == []  # which is the file's upkeep
             await client.get("/command-logs")
-            assert statements != []
+            assert [each.sql for each in statements if "earliest" not in each.sql] != []
 
 
 # ======================================================================================================================
@@ -4507,18 +4507,18 @@ async def test_history_that_is_too_long_ends_early_and_says_where_it_goes_on(
             await say(board, "status", payload={"n": n, "text": "x" * 9000})
             await client.post("/command?device_type=none&command_name=x", {"n": n, "text": "x" * 9000})
         await eventually(lambda: '"n":29,' in str(getattr(client.gateway.registry.find("a"), "state", "")))
-        for path, rows, key, content in (
-            ("/state-history/a?limit=1000", "states", "before_id", "state_data"),
-            ("/command-logs?limit=1000", "logs", "until", "payload"),
+        for path, rows, content in (
+            ("/state-history/a?limit=1000", "states", "state_data"),
+            ("/command-logs?limit=1000", "logs", "payload"),
         ):
             seen: list[int] = []
             page = await client.get(path)
-            while key in page:
+            while "before_id" in page:
                 assert page["total"] == len(page[rows]) < 10
                 seen += [row[content]["n"] for row in page[rows]]
-                page = await client.get(f"{path}&{key}={page[key]}")
+                page = await client.get(f"{path}&before_id={page['before_id']}")
             seen += [row[content]["n"] for row in page[rows]]
-            assert list(dict.fromkeys(seen)) == list(range(29, -1, -1))
+            assert seen == list(range(29, -1, -1))
         assert "before_id" not in await client.get("/state-history/a?limit=3")
 
 
