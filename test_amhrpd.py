@@ -1956,6 +1956,18 @@ async def test_caller_that_gives_up_a_download_is_no_defect(database: Path, monk
 
 
 @in_a_loop
+async def test_head_of_a_download_has_no_body(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        await say(board, "status", payload={"n": 1})
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+        writer.write(b"HEAD /state-history/a?format=csv HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+@in_a_loop
 async def test_download_that_cannot_go_on_is_cut_off_visibly(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
     async with gateway_on(database) as client, client.board("a") as board:
@@ -3419,6 +3431,27 @@ async def test_slow_disk_holds_a_command_up_for_a_second_at_most(database: Path)
 
 
 @in_a_loop
+async def test_stop_never_overtakes_what_drives(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Writer, "STALLED_S", 0.2)
+    async with gateway_on(database) as client, client.board("a") as board, client.board("b") as other:
+        await client.get("/state-history/a")
+        with disk_that_stalls(database):
+            await say(board, "status", payload={})
+            async with background(
+                *(client.post(f"/command?device_id={id_}&command_name=forward") for id_ in ("a", "b"))
+            ) as driving:
+                await eventually(lambda: health_is(client, 503))  # from now on nobody waits for the disk
+                began_s = time.monotonic()
+                await client.post("/command?device_id=a&command_name=stop")
+                assert [(await hear(board, "command"))["command_name"] for _ in range(2)] == ["forward", "stop"]
+                assert time.monotonic() - began_s < 0.4  # it did not wait for the one before it, but sent it
+                assert (await driving[0])["persisted"] is False
+                assert not driving[1].done()  # which goes to another board
+                await hear(other, "command")
+                await driving[1]
+
+
+@in_a_loop
 async def test_long_commit_interval_costs_no_snapshot(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Backlog, "CONGESTED_BYTES", 100_000)
     monkeypatch.setattr(amhrpd.Backlog, "TELEMETRY_LIMIT_BYTES", 1_000_000)
@@ -3783,7 +3816,11 @@ async def test_running_file_that_is_moved_away_keeps_what_was_written_to_it(data
 
 @in_a_loop
 async def test_backup_that_is_moved_over_the_running_file_is_restored(database: Path) -> None:
-    for rows in (8, 3000):
+    real = database.with_name("card") / "real.db"
+    real.parent.mkdir()
+    for rows, file in ((8, database), (3000, database), (3000, real)):
+        if file is real:
+            database.symlink_to(real)
         async with gateway_on(database) as client, client.board("a") as board:
             await client.post("/command?device_id=a&command_name=kept")
             backup = database.with_name("backup.db")
@@ -3793,7 +3830,7 @@ async def test_backup_that_is_moved_over_the_running_file_is_restored(database: 
                 await say(board, "status", payload={"n": n})
             await eventually(lambda rows=rows: state_is(client, "a", {"n": rows - 1}))  # type: ignore[misc]
             await client.get("/state-history/a?limit=1")
-            backup.rename(database)
+            backup.rename(file)
             await client.post("/command?device_id=a&command_name=after")
             assert client.rows("SELECT command_name FROM command_logs ORDER BY rowid") == [("kept",), ("after",)]
             assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(0,)]
