@@ -5301,9 +5301,10 @@ class BackgroundHandler(logging.Handler):
 
 
 class Repeats(logging.Filter):
-    """Drops what repeats itself: the same event about the same device or peer, and a library's same text, once a minute.
+    """Lets what repeats itself pass once a minute: an event about the same device, peer or problem, a library's same text.
 
-    How often it was dropped goes out as `repeats` when the minute is over. An event that names a command is no repeat.
+    How often it was dropped goes out as `repeats` when the minute is over. An event with a `command_id` is no repeat, nor one
+    that is about nothing.
     """
 
     WINDOW_S = 60.0
@@ -5313,19 +5314,28 @@ class Repeats(logging.Filter):
         super().__init__()
         self._windows: dict[tuple[object, ...], tuple[float, int, structlog.typing.EventDict]] = {}
 
+    def __call__(self, _: Any, level: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """The gateway's own events, as a processor of structlog: the first, since a flood of them costs more than itself."""
+        if self._is_repeat(event, level):
+            raise structlog.DropEvent
+        return event
+
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is to be written. A library's text is compared before anything is put in."""
-        foreign = {"event": record.msg, "problem": record.name, "level": record.levelname}
-        event: structlog.typing.EventDict = record.msg if isinstance(record.msg, dict) else foreign
-        about = event.get("device_id") or event.get("peer") or event.get("problem")
-        if "repeats" in event or "command_id" in event or (about is None and "exception" not in event):
+        """Those of libraries, whose text is compared before anything is put in."""
+        if isinstance(record.msg, dict):
             return True
+        return not self._is_repeat({"event": record.msg, "problem": record.name}, record.levelname)
+
+    def _is_repeat(self, event: structlog.typing.EventDict, level: str) -> bool:
+        about = event.get("device_id") or event.get("peer") or event.get("problem")
+        if "repeats" in event or "command_id" in event or (about is None and "exc_info" not in event):
+            return False
         key: tuple[object, ...] = (event["event"], about, event.get("type") or event.get("error_code"))
         if key not in self._windows and len(self._windows) >= self.MAX_KEYS:
             key = (event["event"],)
         began_s, count, _ = self._windows.get(key, (time.monotonic(), -1, event))
-        self._windows[key] = began_s, count + 1, event
-        return count < 0
+        self._windows[key] = began_s, count + 1, {**event, "level": level}
+        return count >= 0
 
     def report(self, *, everything: bool = False) -> None:
         """Log the counts of the minutes that are over, or of all."""
@@ -5334,8 +5344,9 @@ class Repeats(logging.Filter):
             if everything or now_s - began_s >= self.WINDOW_S:
                 del self._windows[key]
                 if count:
-                    about = {name: value for name, value in event.items() if name not in ("level", "exception")}
-                    log.log(logging.getLevelNamesMapping()[event["level"].upper()], **about, repeats=count)
+                    about = {name: value for name, value in event.items() if name not in ("level", "exc_info")}
+                    level = "error" if event["level"] == "exception" else event["level"]
+                    log.log(logging.getLevelNamesMapping()[level.upper()], **about, repeats=count)
 
 
 repeats = Repeats()
@@ -5374,7 +5385,7 @@ def configure_logging(level: str, log_format: str) -> None:
     for library in ("asyncio", "aiohttp.websocket"):  # slow callbacks; subprotocols that boards offer
         logging.getLogger(library).setLevel(logging.ERROR)
     structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[structlog.stdlib.filter_by_level, repeats, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
