@@ -1549,6 +1549,10 @@ async def test_board_that_promised_heartbeats_and_falls_silent_is_given_up(
     monkeypatch.setattr(amhrpd, "UPKEEP_INTERVAL_S", 0.1)
     async with gateway_on(database, heartbeat_timeout_s=0.5) as client, client.board("servo_1") as board:
         await say(board, "heartbeat")
+        for _ in range(10):
+            await say(board, "reboot")  # wrong, but no silence
+            await hear(board, "error")
+            await asyncio.sleep(0.1)
         assert await closed_with(board) == 4001  # though it answers every ping
         assert await client.events("servo_1") == ["connected", "timeout"]
 
@@ -5284,6 +5288,17 @@ async def test_page_marks_an_odd_reading(database: Path) -> None:
             await shows(page, ".card.look .odd", "⚠ 80.5")
             await page.get_by_role("button", name="Look at 1").click()
             await page.locator(".card", has_text="calm").wait_for(state="hidden")
+
+
+@in_a_loop
+async def test_page_follows_a_clock_that_goes_back(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway_on(database) as client, page_on(client) as page, client.board("a") as board:
+        await say(board, "status", payload={"n": 21})
+        await shows(page, "#boards dd", "21")
+        now = amhrpd.utc_now
+        monkeypatch.setattr(amhrpd, "utc_now", lambda: now() - timedelta(hours=1))
+        await say(board, "status", payload={"n": 25})
+        await shows(page, "#boards dd", "25")
 
 
 async def has_states(client: Client, device_id: str, count: int) -> bool:
