@@ -1452,6 +1452,7 @@ class Database:
     """
 
     MAX_ANSWER_BYTES = 1 << 20  # of rows: a question with more ends early, after the row that is over
+    DELETED_AT_ONCE = 50  # rows: of many devices, so each costs a page of an index; 500 tripled a command's p99
 
     def __init__(self, path: Path, min_free_bytes: int) -> None:
         self.file = LockedFile(path)
@@ -1669,14 +1670,14 @@ class Database:
 
     # -- what is kept how long -----------------------------------------------------------------------------------------
 
-    def delete_of_device(self, table: TableName, device_id: str, limit: int) -> int:
-        """Delete up to `limit` rows of a device, and return how many it were. Raises STORE_ERRORS."""
+    def delete_of_device(self, table: TableName, device_id: str) -> int:
+        """Delete up to DELETED_AT_ONCE rows of a device, and return how many it were. Raises STORE_ERRORS."""
         with self._transaction() as tables:
-            some = f"SELECT rowid FROM {table} WHERE device_id = :device_id LIMIT {limit}"
+            some = f"SELECT rowid FROM {table} WHERE device_id = :device_id LIMIT {self.DELETED_AT_ONCE}"
             return delete_rows(tables, table, some, device_id=device_id)
 
-    def delete_before(self, table: TableName, before: str, limit: int) -> int:
-        """Delete up to `limit` rows of a history that has been surveyed, those from before a stored time: how many it were.
+    def delete_before(self, table: TableName, before: str) -> int:
+        """Delete up to DELETED_AT_ONCE rows of a history that has been surveyed, those from before a stored time: how many.
 
         Raises STORE_ERRORS.
         """
@@ -1685,9 +1686,9 @@ class Database:
             count = 0
             for first, last in reversed(list(self.surveys[table].ranges(tables, None, before))):
                 part = f"SELECT rowid FROM {table} WHERE rowid >= {first} AND rowid <= {last}"
-                old = f"{part} AND {time} < :before AND {may_go} LIMIT {limit - count}"
+                old = f"{part} AND {time} < :before AND {may_go} LIMIT {self.DELETED_AT_ONCE - count}"
                 count += delete_rows(tables, table, old, before=before)
-                if count == limit:
+                if count == self.DELETED_AT_ONCE:
                     break
             return count
 
@@ -1781,6 +1782,11 @@ class Writer:
             return f"a write has been waiting for the disk for {stalled_s:.0f} s"
         return self.failure
 
+    def call_if_unusable(self) -> None:
+        """Have the file opened anew where something else failed that says so."""
+        if not self._database.is_usable:
+            self._backlog.call_writer()
+
     async def open_file(self) -> None:
         """Open or create the file; what it has is told to `on_restored`. Raises StartError, STORE_ERRORS."""
         rows = self._backlog.device_rows(self._backlog.known_devices)
@@ -1847,25 +1853,105 @@ class Writer:
             self.rows_rejected += len(refused)
 
 
+class Upkeep:
+    """Looks after the file in small steps between batches: zone maps, indexes, what is too old, whether a large file is whole.
+
+    Belongs to the event loop.
+    """
+
+    INTERVAL_S = 60.0  # as many rows come meanwhile as a question about a time may have to look at in vain
+    TIDY_INTERVAL_S = 3600.0
+    INDEX_RETRY_S = 600.0  # until it finds a quiet moment that is long enough
+    SURVEY_TIMEOUT_S = 20.0
+
+    def __init__(self, database: Database, reader: Reader, writer: Writer, backlog: Backlog, keep_days: int) -> None:
+        self._database = database
+        self._reader = reader
+        self._writer = writer
+        self._backlog = backlog
+        self._keep_days = keep_days
+
+    async def run(self) -> None:
+        """Look after the file for ever."""
+        tidied_s = index_tried_s = -math.inf
+        while True:
+            now_s = time.monotonic()
+            try:
+                await self._writer.run(self._database.disk_space.look)
+                for table in HISTORIES:
+                    await self._survey(table)
+                if now_s - index_tried_s >= self.INDEX_RETRY_S:
+                    index_tried_s = now_s
+                    await self._create_missing_indexes()
+                if self._keep_days and now_s - tidied_s >= self.TIDY_INTERVAL_S:
+                    tidied_s = now_s
+                    await self._tidy()
+                await self._check()
+            except STORE_ERRORS as error:
+                log.warning("file_not_looked_after", reason=cause_of(error))
+                self._writer.call_if_unusable()
+            except Exception:
+                log.exception("file_not_looked_after")
+            await asyncio.sleep(self.INTERVAL_S)
+
+    async def _check(self) -> None:
+        """Look for damage in a large file that was opened, once, while it serves."""
+        is_over = threading.Event()
+        try:
+            await asyncio.to_thread(self._database.file.check, is_over.is_set)
+        finally:
+            is_over.set()
+        self._writer.call_if_unusable()
+
+    async def _survey(self, table: TableName) -> None:
+        is_behind = True
+        while is_behind:
+            async with asyncio.timeout(self.SURVEY_TIMEOUT_S):
+                is_behind = bool(await self._reader.ask(self._database.surveys[table].extend))
+            if is_behind:
+                await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
+
+    async def _create_missing_indexes(self) -> None:
+        """Telemetry waits in memory meanwhile. What somebody waits for ends it, and it is begun anew another time."""
+        try:
+            while name := await self._writer.run(self._database.create_missing_index, self._gives_way):
+                log.info("index_created", index=name)
+        except sa.exc.OperationalError as error:
+            if sqlite_code(error) != sqlite3.SQLITE_INTERRUPT:
+                raise
+            log.debug("index_postponed", retry_s=self.INDEX_RETRY_S)
+
+    def _gives_way(self) -> bool:
+        return self._backlog.is_awaited or self._writer.deadline_s < math.inf
+
+    async def _tidy(self) -> None:
+        """Delete what is older than `keep_days`, in steps between batches."""
+        before = stored_time(utc_now() - timedelta(days=self._keep_days))
+        for table in HISTORIES:
+            deleted, count = 0, self._database.DELETED_AT_ONCE
+            while count == self._database.DELETED_AT_ONCE:
+                count = await self._writer.run(self._database.delete_before, table, before)
+                deleted += count
+                await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
+            if deleted:
+                log.info("old_rows_deleted", table=table, rows=deleted, before=before)
+
+
 class Store:
     """The database as the event loop sees it: what is put into `backlog` gets into the file, and what is read is all of it."""
 
     READ_TIMEOUT_S = 20.0  # contract, section 6
     FAILING_READ_TIMEOUT_S = 1.0  # where writes fail: two more tries of the writer
     READS_WAITING = 64  # at some milliseconds each
-    DELETED_AT_ONCE = 50  # rows: of many devices, so each costs a page of an index; 500 tripled a command's p99
-    UPKEEP_INTERVAL_S = 60.0  # as many rows come meanwhile as a question about a time may have to look at in vain
-    TIDY_INTERVAL_S = 3600.0
-    INDEX_RETRY_S = 600.0  # until it finds a quiet moment that is long enough
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
         self._database = Database(settings.database_path.absolute(), settings.min_free_mb << 20)
         self._reader = Reader(self._database)
         self.backlog = Backlog(settings.commit_interval_s)
         self.writer = Writer(self._database, self._reader, self.backlog)
         self._writing: asyncio.Task[None] | None = None
-        self._upkeep: asyncio.Task[None] | None = None
+        self._upkeep = Upkeep(self._database, self._reader, self.writer, self.backlog, settings.keep_days)
+        self._looking_after: asyncio.Task[None] | None = None
         self._reads: set[asyncio.Timeout] = set()  # those under way
         self._is_ending = False
 
@@ -1887,7 +1973,7 @@ class Store:
             self.writer.failure = problem
             self.backlog.call_writer()
         self._writing = asyncio.create_task(self.writer.write_forever())
-        self._upkeep = asyncio.create_task(self._look_after_file())
+        self._looking_after = asyncio.create_task(self._upkeep.run())
 
     def end_reads(self) -> None:
         """Before a stop: break off what is read, and read no more."""
@@ -1898,9 +1984,9 @@ class Store:
     async def close(self, timeout_s: float) -> bool:
         """Write what is queued, checkpoint, close the file. False where that failed or took longer than `timeout_s`."""
         assert self._writing is not None
-        assert self._upkeep is not None
+        assert self._looking_after is not None
         self.writer.deadline_s = time.monotonic() + timeout_s
-        self._upkeep.cancel()
+        self._looking_after.cancel()
         is_clean = self.is_writer_alive
         self.backlog.call_writer()
         try:
@@ -1918,7 +2004,7 @@ class Store:
             log.error("database_close_failed", reason=cause_of(error))
         finally:
             self._writing.cancel()
-            await asyncio.gather(self._writing, self._upkeep, return_exceptions=True)
+            await asyncio.gather(self._writing, self._looking_after, return_exceptions=True)
             self._end_threads()
         return is_clean
 
@@ -2015,17 +2101,12 @@ class Store:
                 raise GatewayError(Code.STOPPING, "the gateway is going down") from None
             raise GatewayError(Code.STORE_UNAVAILABLE, too_slow) from None
         except STORE_ERRORS as error:
-            self._call_writer_if_unusable()
+            self.writer.call_if_unusable()
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
         finally:
             self._reads.discard(time_left)
 
-    def _call_writer_if_unusable(self) -> None:
-        """Have the file opened anew where what just failed says so."""
-        if not self._database.is_usable:
-            self.backlog.call_writer()
-
-    # -- deleting, and looking after the file --------------------------------------------------------------------------
+    # -- deleting ------------------------------------------------------------------------------------------------------
 
     async def delete_device(self, device_id: str, is_back: Callable[[], bool]) -> dict[str, int]:
         """Delete a device's snapshots, its connection history and then itself, in steps between batches.
@@ -2036,80 +2117,15 @@ class Store:
         deleted: dict[TableName, int] = {"device_state_snapshots": 0, "device_connection_logs": 0, "devices": 0}
         try:
             for table in deleted:
-                count = limit = self.DELETED_AT_ONCE
-                while count == limit and not is_back():
+                count = self._database.DELETED_AT_ONCE
+                while count == self._database.DELETED_AT_ONCE and not is_back():
                     async with asyncio.timeout(self.READ_TIMEOUT_S):
-                        count = await self.writer.run(self._database.delete_of_device, table, device_id, limit)
+                        count = await self.writer.run(self._database.delete_of_device, table, device_id)
                     deleted[table] += count
         except STORE_ERRORS as error:
-            self._call_writer_if_unusable()
+            self.writer.call_if_unusable()
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
         return {"snapshots": deleted["device_state_snapshots"], "events": deleted["device_connection_logs"]}
-
-    async def _look_after_file(self) -> None:
-        """Check a large file, follow the histories with their surveys, create indexes that lack, delete what is too old."""
-        tidied_s = index_tried_s = -math.inf
-        while True:
-            now_s = time.monotonic()
-            try:
-                await self.writer.run(self._database.disk_space.look)
-                for table in HISTORIES:
-                    await self._survey(table)
-                if now_s - index_tried_s >= self.INDEX_RETRY_S:
-                    index_tried_s = now_s
-                    await self._create_missing_indexes()
-                if self._settings.keep_days and now_s - tidied_s >= self.TIDY_INTERVAL_S:
-                    tidied_s = now_s
-                    await self._tidy()
-                await self._check()
-            except STORE_ERRORS as error:
-                log.warning("file_not_looked_after", reason=cause_of(error))
-                self._call_writer_if_unusable()
-            except Exception:
-                log.exception("file_not_looked_after")
-            await asyncio.sleep(self.UPKEEP_INTERVAL_S)
-
-    async def _check(self) -> None:
-        """Look for damage in a large file that was opened, once, while it serves."""
-        is_over = threading.Event()
-        try:
-            await asyncio.to_thread(self._database.file.check, is_over.is_set)
-        finally:
-            is_over.set()
-        self._call_writer_if_unusable()
-
-    async def _survey(self, table: TableName) -> None:
-        is_behind = True
-        while is_behind:
-            async with asyncio.timeout(self.READ_TIMEOUT_S):
-                is_behind = bool(await self._reader.ask(self._database.surveys[table].extend))
-            if is_behind:
-                await asyncio.sleep(0.01)  # for who wants the processor and the disk meanwhile
-
-    async def _create_missing_indexes(self) -> None:
-        """Telemetry waits in memory meanwhile. What somebody waits for ends it, and it is begun anew another time."""
-        try:
-            while name := await self.writer.run(self._database.create_missing_index, self._gives_way):
-                log.info("index_created", index=name)
-        except sa.exc.OperationalError as error:
-            if sqlite_code(error) != sqlite3.SQLITE_INTERRUPT:
-                raise
-            log.debug("index_postponed", retry_s=self.INDEX_RETRY_S)
-
-    def _gives_way(self) -> bool:
-        return self.backlog.is_awaited or self.writer.deadline_s < math.inf
-
-    async def _tidy(self) -> None:
-        """Delete what is older than `keep_days`, in steps between batches."""
-        before = stored_time(utc_now() - timedelta(days=self._settings.keep_days))
-        for table in HISTORIES:
-            deleted, count = 0, self.DELETED_AT_ONCE
-            while count == self.DELETED_AT_ONCE:
-                count = await self.writer.run(self._database.delete_before, table, before, self.DELETED_AT_ONCE)
-                deleted += count
-                await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
-            if deleted:
-                log.info("old_rows_deleted", table=table, rows=deleted, before=before)
 
 
 # ======================================================================================================================
@@ -2316,6 +2332,26 @@ class Registry:
                     with contextlib.suppress(GatewayError):
                         found[device_id] = await self.look_up(device_id)
         return found
+
+    async def targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
+        """The type that a command's row has, and the devices that are online of those that are meant.
+
+        Raises DEVICE_NOT_FOUND, INVALID_FIELD_VALUE.
+        """
+        if request.device_id is None:
+            assert request.device_type is not None
+            wanted = None if request.device_type == EVERY_TYPE else request.device_type
+            return request.device_type, self.matching(wanted, is_online=True)
+        found = await self.look_up_all(request.device_id)
+        if unknown := [device_id for device_id, device in found.items() if device is None]:
+            raise GatewayError(Code.DEVICE_NOT_FOUND, f"never seen: {', '.join(unknown)[:300]}")
+        devices = [device for device in found.values() if device is not None]
+        for device in devices:
+            if request.device_type not in (None, EVERY_TYPE, device.device_type):
+                raise GatewayError(
+                    Code.INVALID_FIELD_VALUE, f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
+                )
+        return self.type_of(devices), [device for device in devices if device.is_online]
 
     def know(self, device: Device) -> None:
         """Take a device in. The one that was longest away makes room, where it has to."""
@@ -2864,10 +2900,33 @@ class Departure:
         self.is_urged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_over = asyncio.Event()  # it went, or never will
 
-    def urge(self) -> None:
-        """Have it go at once: another one to the same device is due."""
-        if not self.is_urged.done():
-            self.is_urged.set_result(None)
+
+class Departures:
+    """Has commands to one device go in the order in which they came: what is posted later must never drive on a robot that
+    this stops.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Departure] = []  # in that order
+
+    @contextlib.contextmanager
+    def waiting(self, targets: Collection[Device]) -> Iterator[Departure]:
+        """The time in which a command waits, and is sent."""
+        departure = Departure({device.device_id for device in targets})
+        self._waiting.append(departure)
+        try:
+            yield departure
+        finally:
+            self._waiting.remove(departure)
+            departure.is_over.set()
+
+    async def let_go_before(self, departure: Departure) -> None:
+        """A command is due: those before it to any of its devices go now, whether their rows are written or not."""
+        for other in self._waiting[: self._waiting.index(departure)]:
+            if other.device_ids & departure.device_ids:
+                if not other.is_urged.done():
+                    other.is_urged.set_result(None)
+                await other.is_over.wait()
 
 
 class Dispatch:
@@ -2887,7 +2946,7 @@ class Dispatch:
         self._deadmen: dict[str, Device] = {}  # the devices that have one armed
         self._next_due: asyncio.TimerHandle | None = None
         self._firing: set[asyncio.Task[None]] = set()
-        self._departures: dict[Command, Departure] = {}  # of commands that wait for their rows, in the order they came
+        self._departures = Departures()
         self._is_stopping = False
         self.ended: Counter[str] = Counter()  # commands by the status they ended with
         self.answer_seconds = prometheus_client.Histogram(
@@ -2900,7 +2959,7 @@ class Dispatch:
         A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. Raises DEVICE_NOT_FOUND,
         INVALID_FIELD_VALUE, PAYLOAD_TOO_LARGE.
         """
-        device_type, targets = await self._targets(request)
+        device_type, targets = await self._registry.targets(request)
         if request.deadman is not None:  # one that boards can't take is refused whole
             self._build(device_type, request.deadman.command_name, request.deadman.payload, targets).frame()
         command = self._build(device_type, request.command_name, request.payload, targets)
@@ -2908,22 +2967,12 @@ class Dispatch:
         command.deadman, command.meant = request.deadman, request.device_id or ()
         frame = command.frame()
         self._enter(command)
-        departure = self._departures[command] = Departure({device.device_id for device in targets})
-        try:
+        with self._departures.waiting(targets) as departure:
             command.is_persisted = await self._store.commit_command(
                 command.command_id, command, self.PERSIST_TIMEOUT_S, departure.is_urged
             )
-            # What was posted later must not drive on a robot that this stops: a command that is due has those before it go.
-            for other in [*self._departures.values()]:
-                if other is departure:
-                    break
-                if other.device_ids & departure.device_ids:
-                    other.urge()
-                    await other.is_over.wait()
+            await self._departures.let_go_before(departure)
             await self._send(command, frame, targets)
-        finally:
-            del self._departures[command]
-            departure.is_over.set()
         return command
 
     def _build(self, device_type: str, name: str, payload: dict[str, Any] | None, targets: Collection[Device]) -> Command:
@@ -2975,23 +3024,6 @@ class Dispatch:
             self._awaited.discard(command)
         # What the caller is told of has to outlast a crash.
         command.is_persisted = await self._store.commit_command(command.command_id, command, self.PERSIST_TIMEOUT_S)
-
-    async def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
-        """The type of the row, and the devices that are online of those that are meant."""
-        if request.device_id is None:
-            assert request.device_type is not None
-            wanted = None if request.device_type == EVERY_TYPE else request.device_type
-            return request.device_type, self._registry.matching(wanted, is_online=True)
-        found = await self._registry.look_up_all(request.device_id)
-        if unknown := [device_id for device_id, device in found.items() if device is None]:
-            raise GatewayError(Code.DEVICE_NOT_FOUND, f"never seen: {', '.join(unknown)[:300]}")
-        devices = [device for device in found.values() if device is not None]
-        for device in devices:
-            if request.device_type not in (None, EVERY_TYPE, device.device_type):
-                raise GatewayError(
-                    Code.INVALID_FIELD_VALUE, f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
-                )
-        return self._registry.type_of(devices), [device for device in devices if device.is_online]
 
     def explain_no_devices(self, request: CommandRequest, command: Command) -> str:
         """Why a command found none: which ids are offline, or which types there are and how many of each are online."""

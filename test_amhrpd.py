@@ -1124,7 +1124,7 @@ async def test_alerts_are_seen_by_who_waits_and_in_the_device_record(database: P
 
 @in_a_loop
 async def test_device_is_forgotten_whole(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 10)
+    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 10)
     async with gateway_on(database) as client:
         async with client.board("a") as a, client.board("b") as b:
             for board in (a, b):
@@ -1179,7 +1179,7 @@ async def test_device_is_not_forgotten_while_something_of_it_waits(database: Pat
 
 @in_a_loop
 async def test_device_that_comes_back_while_it_is_forgotten_is_there(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 1)
+    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 1)
     async with gateway_on(database) as client:
         async with client.board("a") as board:
             for number in range(1000):
@@ -1201,7 +1201,7 @@ async def test_device_that_comes_back_while_it_is_forgotten_is_there(database: P
 
 @in_a_loop
 async def test_forgetting_that_is_cut_short_leaves_a_device_known_or_gone_whole(database: Path) -> None:
-    slow = "import amhrpd, sys\namhrpd.Store.DELETED_AT_ONCE = 1\nsys.argv = ['amhrpd.py']\nsys.exit(amhrpd.main())"
+    slow = "import amhrpd, sys\namhrpd.Database.DELETED_AT_ONCE = 1\nsys.argv = ['amhrpd.py']\nsys.exit(amhrpd.main())"
     async with process_on(database, code=slow) as (process, client):
         async with client.board("a") as board:
             for number in range(3000):
@@ -2361,7 +2361,7 @@ async def test_times_find_their_rows_whatever_the_clock_did(database: Path, monk
     """Also in a file that others wrote, behind rows of one more run, and where ids are given again."""
     monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 5)
     monkeypatch.setattr(amhrpd.Survey, "ZONES_AT_ONCE", 3)
-    monkeypatch.setattr(amhrpd.Store, "UPKEEP_INTERVAL_S", 0.02)
+    monkeypatch.setattr(amhrpd.Upkeep, "INTERVAL_S", 0.02)
     chance = random.Random(3)
     moment = datetime(2026, 5, 1, 0, 0, 0, 500_000)
     await fill(database, 1)
@@ -2453,8 +2453,8 @@ def make_long_database(path: Path) -> None:
 async def test_no_question_takes_longer_for_a_long_history(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a file of the first version has its indexes when nobody has waited for it for a while."""
     make_long_database(database)
-    monkeypatch.setattr(amhrpd.Store, "UPKEEP_INTERVAL_S", 0.01)
-    monkeypatch.setattr(amhrpd.Store, "INDEX_RETRY_S", 0.01)
+    monkeypatch.setattr(amhrpd.Upkeep, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(amhrpd.Upkeep, "INDEX_RETRY_S", 0.01)
 
     def missing() -> set[str]:
         found = {name for (name,) in rows_of(database, "SELECT name FROM sqlite_master WHERE type = 'index'")}
@@ -4002,9 +4002,9 @@ async def test_start_takes_no_more_memory_than_the_run_before_it(database: Path)
 
 @in_a_loop
 async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Store, "DELETED_AT_ONCE", 10)
-    monkeypatch.setattr(amhrpd.Store, "TIDY_INTERVAL_S", 0.1)
-    monkeypatch.setattr(amhrpd.Store, "UPKEEP_INTERVAL_S", 0.1)
+    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 10)
+    monkeypatch.setattr(amhrpd.Upkeep, "TIDY_INTERVAL_S", 0.1)
+    monkeypatch.setattr(amhrpd.Upkeep, "INTERVAL_S", 0.1)
     monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 20)
     await fill(database, 5)
     old, young = (str(amhrpd.utc_now() - timedelta(days=days)) for days in (8, 6))
