@@ -183,7 +183,8 @@ def variable_of(field: str) -> str:
 
 
 def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What `flags`, which win, and `environ` set of `kind`'s fields. An empty text counts as not given.
+    """What `flags`, which win, and `environ` set of `kind`'s fields. An empty text counts as not given, but
+    for a token, without which the door would be open.
 
     The variables are always the gateway's, so that the simulator can run with the same ones. Raises ConfigError for the
     first value that can't be, and for a variable that nobody knows: a token with a misspelt name would leave the door open.
@@ -198,7 +199,7 @@ def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], e
         source, text = flag_of(field.name), flags.get(field.name)
         if not text and (variable := variable_of(field.name)) in known:
             source, text = variable, environ.get(variable)
-        if not text:
+        if text is None or (text == "" and not field.name.endswith("_token")):
             continue
         if isinstance(base_type(field.type), msgspec.inspect.LiteralType):
             text = text.lower()
@@ -3286,10 +3287,10 @@ class Gateway:
     def handle(self, connection: Connection, message: AnyBoardMessage) -> None:
         """A board says something: the first message that bears a type registers it. Raises GatewayError."""
         device = connection.device
+        if message.device_type is None and isinstance(message, Registration):
+            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
         if device is None:
             if message.device_type is None:
-                if isinstance(message, Registration):
-                    raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
                 raise GatewayError(Code.UNAUTHORIZED, "device_type required: the first message must bear it")
             device = self.registry.come_online(connection, message.device_type)
             self.dispatch.fire_what_waits_for(device)
@@ -3322,9 +3323,7 @@ class Gateway:
             connection.device.unconfirmed = None
 
     def _register(self, device: Device, message: Registration) -> None:
-        if message.device_type is None:
-            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
-        device.device_type = message.device_type
+        device.device_type = message.device_type or device.device_type
         if message.metadata is not None:
             device.metadata = to_json(message.metadata)
             self.registry.keep_content(device)

@@ -2830,7 +2830,7 @@ def test_bad_settings_end_the_start_with_one_line() -> None:
         with pytest.raises(amhrpd.ConfigError) as error:
             amhrpd.Settings.load({}, dict([environ]))
         assert all(word in str(error.value) for word in words), error.value
-    for token in ("geheim äöü", "null"):  # nor does a token that reads like nothing leave the door open
+    for token in ("geheim äöü", "null", ""):  # nor does a token that reads like nothing leave the door open
         with pytest.raises(amhrpd.ConfigError) as error:
             amhrpd.Settings.load({}, {"AMHRPD_API_TOKEN": token})
         assert "AMHRPD_API_TOKEN is (hidden)" in str(error.value)
@@ -2840,8 +2840,8 @@ def test_bad_settings_end_the_start_with_one_line() -> None:
 
 
 def test_flags_win_over_the_environment_and_defaults_are_the_documented_ones() -> None:
-    settings = amhrpd.Settings.load({"port": "9000"}, {"AMHRPD_PORT": "9001", "AMHRPD_HOST": "::1", "AMHRPD_API_TOKEN": ""})
-    assert (settings.port, settings.host, settings.api_token) == (9000, "::1", None)
+    settings = amhrpd.Settings.load({"port": "9000"}, {"AMHRPD_PORT": "9001", "AMHRPD_HOST": "::1", "AMHRPD_LOG_LEVEL": ""})
+    assert (settings.port, settings.host, settings.log_level) == (9000, "::1", "info")
     assert amhrpd.Settings.load({}, {"DATABASE_URL": "sqlite:////var/x.db"}).database_path == Path("/var/x.db")
     assert amhrpd.Settings.load({}, {}) == amhrpd.Settings()
     d = amhrpd.Settings()
