@@ -827,6 +827,10 @@ class Backlog:
         """Whether a change of a device isn't in the file yet."""
         return device_id in self._devices or device_id in self.in_flight.devices
 
+    def has_rows_of(self, device_id: str) -> bool:
+        """Whether anything of a device isn't in the file yet; its coming and going puts the device, too."""
+        return device_id in self._shares or self.is_device_waiting(device_id)
+
     def device_rows(self, device_ids: Iterable[str]) -> dict[str, Row]:
         """The rows, as they are now, of those that are known."""
         return {key: self.known_devices[key].row() for key in device_ids if key in self.known_devices}
@@ -1395,15 +1399,16 @@ class DiskSpace:
         self._looked_s = time.monotonic()
         sizes = {}
         with contextlib.suppress(OSError):
-            sizes["disk_free_bytes"] = shutil.disk_usage(self._file.path.parent).free
             sizes["database_bytes"] = self._file.path.stat().st_size
-            sizes["database_bytes"] += self._file.beside("-wal").stat().st_size
+            with contextlib.suppress(FileNotFoundError):
+                sizes["database_bytes"] += self._file.beside("-wal").stat().st_size
+            sizes["disk_free_bytes"] = shutil.disk_usage(self._file.path.parent).free
         self.sizes = sizes
 
     def log_pages(self) -> int:
         """How long the write-ahead log gets before SQLite has a commit write it into the file."""
         system = os.statvfs(self._file.path)
-        return min(self.LOG_PAGES, system.f_blocks * system.f_frsize // 8 // PAGE_BYTES)
+        return min(self.LOG_PAGES, system.f_blocks * system.f_frsize // 8 // PAGE_BYTES or self.LOG_PAGES)
 
     def is_short(self) -> bool:
         """Whether the file system has too little free."""
@@ -2151,6 +2156,7 @@ class Connection(ABC):
         self.last_message_s = self.opened_s  # of any kind, once it is registered
         self.heard_s = self.opened_s  # the same with pongs
         self.pinged_s: float | None = None  # when the ping went out whose pong hasn't come yet
+        self.is_ending = False  # it was hung up on
         self.has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
 
     def end_details(self, code: int | None, reason: str) -> Row:
@@ -2265,7 +2271,8 @@ class Registry:
         self.contents: Bounded[Device] = Bounded(self.MAX_DEVICES, self.MAX_CONTENT_BYTES)  # their states and metadata
         self.forgotten = 0  # devices that made room for newer ones, and are only in the file
         self._is_complete = False  # there is no device that only the file knows
-        self._being_deleted: set[str] = set()
+        self._being_deleted: dict[str, Device] = {}
+        self._deletions = 0
 
     def __len__(self) -> int:
         return len(self._devices)
@@ -2305,33 +2312,45 @@ class Registry:
                 self.keep_content(device)
 
     async def look_up(self, device_id: str) -> Device:
-        """The device, from the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND."""
+        """The device, from the file where it isn't in memory any more. Raises DEVICE_NOT_FOUND, STORE_UNAVAILABLE."""
         device = self.find(device_id)
         if device is None:
             may_file_say_more = not self._is_complete and device_id not in self._being_deleted
         else:
             may_file_say_more = device.metadata is None
         if may_file_say_more:
-            with contextlib.suppress(GatewayError, TimeoutError):
+            deletions = self._deletions
+            try:
                 async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
                     row = await self._store.device(device_id)
-                device = self.find(device_id)  # it may have come meanwhile, and have said more
-                if device is not None and device.metadata is None:
-                    device.metadata = row["metadata_json"] if row else "{}"
-                elif device is None and row is not None:
-                    self.know(device := Device.restore(row))
+            except (GatewayError, TimeoutError):
+                if (device := self.find(device_id)) is None:
+                    text = f"nobody can look now whether device {device_id[:64]!r} was ever seen"
+                    raise GatewayError(Code.STORE_UNAVAILABLE, text) from None
+                return device
+            device = self.find(device_id)  # it may have come meanwhile, and have said more
+            if device is not None and device.metadata is None:
+                device.metadata = row["metadata_json"] if row else "{}"
+                self.keep_content(device)
+            elif device is None and row is not None and deletions == self._deletions:
+                self.know(device := Device.restore(row))
         if device is None:
             raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
         return device
 
     async def look_up_all(self, device_ids: Iterable[str]) -> dict[str, Device | None]:
-        """The devices with these ids; None where one was never seen, or can't be looked up in LOOKUP_TIMEOUT_S."""
+        """The devices with these ids; None where one was never seen. Raises STORE_UNAVAILABLE."""
         found = {device_id: self.find(device_id) for device_id in device_ids}
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(self.LOOKUP_TIMEOUT_S):
                 for device_id in [device_id for device_id, device in found.items() if device is None]:
-                    with contextlib.suppress(GatewayError):
+                    try:
                         found[device_id] = await self.look_up(device_id)
+                    except GatewayError as error:
+                        if error.code is not Code.DEVICE_NOT_FOUND:
+                            raise
+        except TimeoutError:
+            raise GatewayError(Code.STORE_UNAVAILABLE, "nobody can look now whether all of these were ever seen") from None
         return found
 
     async def targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
@@ -2380,13 +2399,14 @@ class Registry:
         while is_queued and not device.is_online:  # what is queued of it would be written after it is gone
             if not await self._store.flush():
                 raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete anything while the database can't be written")
-            is_queued = self._store.backlog.is_device_waiting(device_id)
+            is_queued = self._store.backlog.has_rows_of(device_id)
         if device.is_online:
             raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} is online; only one that is offline can be deleted")
         if self.find(device_id) is not device:
             raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id!r} was deleted already")
         self._forget(device)
-        self._being_deleted.add(device_id)
+        self._being_deleted[device_id] = device
+        self._deletions += 1
         try:
             deleted = await self._store.delete_device(device_id, lambda: self.find(device_id) is not None)
         except GatewayError:  # what is left of it is still known
@@ -2394,7 +2414,7 @@ class Registry:
                 self.know(device)
             raise
         finally:
-            self._being_deleted.discard(device_id)
+            self._being_deleted.pop(device_id, None)
         log.info("device_deleted", device_id=device_id, **deleted)
         if self.find(device_id) is not None:
             raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} came back; a part of its history is deleted")
@@ -2419,7 +2439,8 @@ class Registry:
         now = utc_now()
         device = self.find(connection.device_id)
         if device is None:
-            device = Device(connection.device_id, device_type, now, metadata="{}" if self._is_complete else None)
+            new = Device(connection.device_id, device_type, now, metadata="{}" if self._is_complete else None)
+            device = self._being_deleted.get(connection.device_id, new)  # whose deadman may be due
             self.know(device)
         is_logged = True
         if device.connection is not None:
@@ -2897,7 +2918,7 @@ class Departure:
     """A command that waits for its row before it goes to these devices."""
 
     def __init__(self, device_ids: Collection[str]) -> None:
-        self.device_ids = frozenset(device_ids)
+        self.device_ids = set(device_ids)
         self.is_urged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_over = asyncio.Event()  # it went, or never will
 
@@ -2911,9 +2932,9 @@ class Departures:
         self._waiting: list[Departure] = []  # in that order
 
     @contextlib.contextmanager
-    def waiting(self, targets: Collection[Device]) -> Iterator[Departure]:
-        """The time in which a command waits, and is sent."""
-        departure = Departure({device.device_id for device in targets})
+    def waiting(self, device_ids: Collection[str]) -> Iterator[Departure]:
+        """The time in which a command to these devices (others may be added) waits, and is sent."""
+        departure = Departure(device_ids)
         self._waiting.append(departure)
         try:
             yield departure
@@ -2957,18 +2978,18 @@ class Dispatch:
     async def route(self, request: CommandRequest) -> Command:
         """Create a command, commit its row, send it to all targets at once, and return it as sent or without devices.
 
-        A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. Raises DEVICE_NOT_FOUND,
-        INVALID_FIELD_VALUE, PAYLOAD_TOO_LARGE.
+        A store that can't write holds this up for PERSIST_TIMEOUT_S at the most. See `Registry.targets` for what it raises.
         """
-        device_type, targets = await self._registry.targets(request)
-        if request.deadman is not None:  # one that boards can't take is refused whole
-            self._build(device_type, request.deadman.command_name, request.deadman.payload, targets).frame()
-        command = self._build(device_type, request.command_name, request.payload, targets)
-        command.timeout_s = float(request.timeout or command.timeout_s)
-        command.deadman, command.meant = request.deadman, request.device_id or ()
-        frame = command.frame()
-        self._enter(command)
-        with self._departures.waiting(targets) as departure:
+        with self._departures.waiting(request.device_id or ()) as departure:
+            device_type, targets = await self._registry.targets(request)
+            departure.device_ids.update(device.device_id for device in targets)
+            if request.deadman is not None:  # one that boards can't take is refused whole
+                self._build(device_type, request.deadman.command_name, request.deadman.payload, targets).frame()
+            command = self._build(device_type, request.command_name, request.payload, targets)
+            command.timeout_s = float(request.timeout or command.timeout_s)
+            command.deadman, command.meant = request.deadman, request.device_id or ()
+            frame = command.frame()
+            self._enter(command)
             command.is_persisted = await self._store.commit_command(
                 command.command_id, command, self.PERSIST_TIMEOUT_S, departure.is_urged
             )
@@ -3389,6 +3410,8 @@ class Gateway:
         self.dispatch.fire_due()
 
     async def _look_after(self, connection: Connection, now_s: float) -> None:
+        if connection.is_ending:
+            return
         device, silent_s = connection.device, now_s - connection.last_message_s
         registration_timeout_s = self._settings.registration_timeout_s
         if device is None and silent_s > registration_timeout_s:
@@ -3544,6 +3567,7 @@ class DeviceSocket(Connection):
 
     def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
         """See Connection. Takes CLOSE_TIMEOUT_S twice at the most: to hand the close frame over, and for the echo."""
+        self.is_ending = True
         if self._our_close is None:
             self._our_close = event, code, reason
             if self._receiving is not None:
@@ -3915,7 +3939,7 @@ async function load() {
     logs.reverse().forEach(onCommand);
     const isKnown = ([act, { device_id, timestamp }]) =>  // what is told meanwhile may be in what was read already
       act === onState && boards.get(device_id)?.device.state_timestamp >= timestamp;
-    mine.filter((one) => !isKnown(one)).forEach(([act, record]) => act(record));
+    mine.forEach((one) => isKnown(one) || one[0](one[1]));
     watcher.disconnect();  // observed anew, those in view are filled anew
     for (const board of boards.values()) { board.isFilled = false; watcher.observe(board.card); }
     if (shown) loadPlots();
@@ -4457,7 +4481,7 @@ class CommandLogsQuery(HistoryQuery, kw_only=True):
     rows_name = "logs"
     key = "command_id"
 
-    before_id: Annotated[str | None, BEFORE] = None
+    before_id: Annotated[Annotated[str, msgspec.Meta(min_length=1, max_length=255)] | None, BEFORE] = None
     status: Literal["created", "sent", "ack_success", "ack_error", "ack_timeout", "no_devices"] | None = None
     device_type: str | None = None
 
@@ -4569,10 +4593,11 @@ async def csv_history(query: HistoryQuery, read: ReadRows) -> AsyncIterator[byte
     """The rows that a query wants as CSV, in parts, written out as they are read."""
     keys: dict[str, None] = {}
     left, last = CSV_PAGE_ROWS, None
-    while query.table == "device_state_snapshots" and left and (rows := await read(left, **query.filters(last))):
+    is_of_states = query.table == "device_state_snapshots"
+    while is_of_states and left and len(keys) <= MAX_STATE_COLUMNS + 2 and (rows := await read(left, **query.filters(last))):
         keys |= dict.fromkeys(key for row in rows for key in state_of(row))
         left, last = left - len(rows), rows[-1]
-    sheet = StateSheet(keys) if query.table == "device_state_snapshots" else Sheet(query.table)
+    sheet = StateSheet(keys) if is_of_states else Sheet(query.table)
     left, rows = query.limit, await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
     yield csv_line(sheet.header)
     while rows:
@@ -5337,8 +5362,8 @@ class BackgroundHandler(logging.Handler):
 class Repeats(logging.Filter):
     """Lets what repeats itself pass once a minute: an event about the same device, peer or problem, a library's same text.
 
-    How often it was dropped goes out as `repeats` when the minute is over. An event with a `command_id` is no repeat, nor one
-    that is about nothing.
+    When the minute is over it goes out once more, with how often it was dropped as `repeats`. An event with a `command_id`
+    is no repeat, nor one that is about nothing.
     """
 
     WINDOW_S = 60.0
@@ -5364,12 +5389,17 @@ class Repeats(logging.Filter):
         about = event.get("device_id") or event.get("peer") or event.get("problem")
         if "repeats" in event or "command_id" in event or (about is None and "exc_info" not in event):
             return False
-        key: tuple[object, ...] = (event["event"], about, event.get("type") or event.get("error_code"))
+        kind = str(event.get("type") or event.get("error_code") or "")[:_MAX_LOGGED_TEXT]  # boards write it
+        key: tuple[object, ...] = (event["event"], about, kind)
         if key not in self._windows and len(self._windows) >= self.MAX_KEYS:
             key = (event["event"],)
-        began_s, count, _ = self._windows.get(key, (time.monotonic(), -1, event))
-        self._windows[key] = began_s, count + 1, {**event, "level": level}
-        return count >= 0
+        if (window := self._windows.get(key)) is not None:
+            began_s, count, first = window
+            self._windows[key] = began_s, count + 1, first
+            return True
+        first = {name: value for name, value in event.items() if name != "exc_info"} | {"level": level}
+        self._windows[key] = time.monotonic(), 0, _tame(None, level, first)
+        return False
 
     def report(self, *, everything: bool = False) -> None:
         """Log the counts of the minutes that are over, or of all."""
@@ -5378,9 +5408,8 @@ class Repeats(logging.Filter):
             if everything or now_s - began_s >= self.WINDOW_S:
                 del self._windows[key]
                 if count:
-                    about = {name: value for name, value in event.items() if name not in ("level", "exc_info")}
-                    level = "error" if event["level"] == "exception" else event["level"]
-                    log.log(logging.getLevelNamesMapping()[level.upper()], **about, repeats=count)
+                    level = event.pop("level").upper()
+                    log.log(logging.getLevelNamesMapping().get(level, logging.ERROR), **event, repeats=count)
 
 
 repeats = Repeats()

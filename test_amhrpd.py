@@ -961,16 +961,16 @@ async def test_bad_deadman_is_refused_whole(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a") as board:
         good = {"after": 1, "command_name": "stop"}
         for bad, status, text in (
-            ({**good, "after": 0.1}, 400, "after"),
+            ({**good, "after": 0.1}, 400, "deadman.after is 0.1: it must be a number from 0.2 to 60"),
             ({**good, "after": 61}, 400, "after"),
-            ({**good, "after": "1"}, 400, "after"),
-            ({"after": 1}, 400, "command_name"),
+            ({**good, "after": "1"}, 400, "deadman.after is '1': it must be a number"),
+            ({"after": 1}, 400, "missing required field `deadman.command_name`"),
             ({"command_name": "stop"}, 400, "after"),
             ({**good, "command_name": ""}, 400, "command_name"),
-            ({**good, "payload": 5}, 400, "payload"),
+            ({**good, "payload": 5}, 400, "deadman.payload is 5: it must be a JSON object"),
             ({**good, "payload": {"x": "y" * 20_000}}, 413, "bytes"),
-            ({**good, "at": 5}, 400, "at"),
-            (5, 400, "deadman"),
+            ({**good, "at": 5}, 400, "unknown 'deadman.at'; known here: after, command_name, payload"),
+            (5, 400, "deadman is 5: it must be a JSON object"),
         ):
             answer = await client.post("/command", {"device_id": "a", "command_name": "go", "deadman": bad}, status)
             assert text in answer["error"], answer
@@ -1197,6 +1197,30 @@ async def test_device_that_comes_back_while_it_is_forgotten_is_there(database: P
                 assert (await stream.next("device")).data["is_online"]
                 assert await client.is_online("a")
             assert (await stream.next("device")).data["is_online"] is False
+
+
+@in_a_loop
+async def test_device_that_comes_back_while_it_is_forgotten_keeps_its_deadman_and_metadata(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 1)
+    async with gateway_on(database) as client:
+        async with client.board("a", metadata={"name": "it is a"}) as board:
+            for number in range(1000):
+                await say(board, "status", payload={"n": number})
+            await eventually(lambda: state_is(client, "a", {"n": 999}))
+            await client.post("/command", driving(0.5, "a"))
+            await hear(board, "command")
+            board.transport.abort()
+        await eventually(lambda: not_online(client, "a"))
+        await client.get("/state-history/a")
+        asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
+        await eventually(lambda: client.rows("SELECT count(*) FROM device_state_snapshots")[0][0] < 990)
+        async with client.board("a", None) as board:
+            await say(board, "heartbeat", device_type="ESP32")
+            assert (await hear(board, "command"))["command_name"] == "stop"
+            assert (await asked)[0] == 409
+            assert (await client.get("/devices/a"))["metadata"] == {"name": "it is a"}
 
 
 @in_a_loop
@@ -1957,6 +1981,22 @@ async def test_caller_that_gives_up_a_download_is_no_defect(database: Path, monk
             await eventually(lambda: len(client.server.connections) <= 2)  # the board's and the session's
             assert await client.is_up()
         assert not named(events, "request_failed")
+
+
+@in_a_loop
+async def test_columns_of_a_download_are_bounded(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        for number in range(40):
+            await say(board, "status", payload={f"key_{number}_{n}": n for n in range(100)})
+        await eventually(lambda: state_has(client, "a", "key_39_0"))
+        async with client.session.get(f"http://127.0.0.1:{client.port}/state-history/a?format=csv&limit=1") as response:
+            header, _, end = (await response.text()).split("\r\n")
+        assert (len(header.split(",")), end) == (1002, "")
+        assert header.startswith("timestamp,key_39_0,key_39_1,")
+
+
+async def state_has(client: Client, device_id: str, key: str) -> bool:
+    return key in ((await client.get(f"/devices/{device_id}"))["state"] or {})
 
 
 @in_a_loop
@@ -3045,6 +3085,20 @@ async def test_library_that_repeats_itself_is_logged_once_a_minute(database: Pat
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=20, check=True)
     first, counted = map(json.loads, result.stderr.splitlines())
     assert (first["event"], "ValueError" in first["exception"], counted["repeats"]) == ("failed 0", True, 49)
+
+
+@in_a_loop
+async def test_what_repeats_itself_is_kept_small(database: Path) -> None:
+    def resident_mb() -> float:
+        status = Path(f"/proc/{process.popen.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+    async with process_on(database) as (process, client), client.board("a") as board:
+        before_mb = resident_mb()
+        for number in range(150):
+            await say(board, "error", error_code=f"E{number}", error_message="m", context=[[]] * 15_000)
+            await client.get("/health")
+        assert resident_mb() - before_mb < 40
 
 
 def test_log_lines_that_nobody_takes_stop_nothing_and_are_counted() -> None:
