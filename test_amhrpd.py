@@ -1012,6 +1012,21 @@ async def test_deadman_follows_a_device_to_its_next_connection(database: Path) -
 
 
 @in_a_loop
+async def test_deadman_that_a_polite_board_may_not_have_read_is_sent_again(database: Path) -> None:
+    async with gateway_on(database) as client:
+        wire = await Wire.connect(client.port, "a")
+        wire.send(REGISTRATION)
+        await eventually(lambda: client.is_online("a"))
+        await client.post("/command", driving(0.2, "a"))
+        assert [json.loads((await wire.receive())[1])["command_name"] for _ in range(2)] == ["forward", "stop"]
+        wire.send(struct.pack("!H", 1000), 8)  # all that it says after that
+        await eventually(lambda: not_online(client, "a"))
+        await wire.close()
+        async with client.board("a") as board:
+            assert (await hear(board, "command"))["command_name"] == "stop"
+
+
+@in_a_loop
 async def test_armed_deadmen_are_sent_before_the_close_frames_of_a_stop(database: Path) -> None:
     async with process_on(database) as (process, client), contextlib.AsyncExitStack() as stack:
         boards = [await stack.enter_async_context(client.board(f"b{number}")) for number in range(20)]
@@ -2705,6 +2720,17 @@ async def test_events_are_narrowed_by_device_event_and_type(database: Path) -> N
         assert [(await by_type.next()).data["command_name"] for _ in range(2)] == ["for_c", "for_all"]
         for query in ("?event=reset", "?device_id=a,,b", "?device=a"):
             await client.get(f"/events{query}", 400)
+
+
+@in_a_loop
+async def test_listener_hears_of_a_command_that_found_its_board_offline(database: Path) -> None:
+    async with gateway_on(database) as client:
+        async with client.board("a"):
+            pass
+        await eventually(lambda: not_online(client, "a"))
+        async with listening(client, "?device_id=a&event=command") as stream:
+            await client.post("/command?device_id=a&command_name=x")
+            assert (await stream.next("command")).data["status"] == "no_devices"
 
 
 @in_a_loop
