@@ -183,8 +183,8 @@ def variable_of(field: str) -> str:
 
 
 def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What `flags`, which win, and `environ` set of `kind`'s fields. An empty text counts as not given, but
-    for a token, without which the door would be open.
+    """What `flags`, which win, and `environ` set of `kind`'s fields. An empty text counts as not given, but for a token,
+    without which the door would be open.
 
     The variables are always the gateway's, so that the simulator can run with the same ones. Raises ConfigError for the
     first value that can't be, and for a variable that nobody knows: a token with a misspelt name would leave the door open.
@@ -765,8 +765,8 @@ class Backlog:
     CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for, and boards that flood are slowed down
     SNAPSHOT_OVERHEAD_BYTES = 600  # of a row's dictionary, its times and small texts
     MIN_SHARES = 32  # no device may have more than this part of the limit
-    MAX_CONNECTIONS = 20_000  # rows of the connection history, 600 bytes each
-    MAX_COMMANDS = 10_000  # with what follows: as many changes as a robot's caller makes in an hour and a half
+    MAX_CONNECTION_ROWS = 20_000  # of the connection history, 600 bytes each
+    MAX_COMMANDS = 10_000  # with what follows: as many commands as a caller who drives a robot gives in over an hour
     COMMANDS_LIMIT_BYTES = 16 << 20
     SOON_S = 0.003  # what happens to commands and connections within it is one transaction
     BATCH_BYTES = 1 << 20  # of snapshots; about 10 ms of writing here, so a command's row never waits long behind telemetry
@@ -850,7 +850,7 @@ class Backlog:
 
     def put_connection_event(self, row: Row) -> bool:
         """Append a row of the connection history. False where too many wait and it was dropped."""
-        if len(self._connections) >= self.MAX_CONNECTIONS:
+        if len(self._connections) >= self.MAX_CONNECTION_ROWS:
             self.rows_dropped += 1
             return False
         self._connections.append(row)
@@ -1386,7 +1386,7 @@ class DiskSpace:
     LOOK_INTERVAL_S = 1.0  # to ask for three sizes takes as long as to write 20 rows
 
     def __init__(self, file: LockedFile, min_free_bytes: int) -> None:
-        self.sizes: dict[str, int] = {}  # see StoreHealth
+        self.sizes: dict[str, int] = {}  # as `GET /health` shows them
         self._looked_s = -math.inf
         self._file = file
         self._min_free_bytes = min_free_bytes
@@ -2156,7 +2156,6 @@ class Connection(ABC):
         self.last_message_s = self.opened_s  # of any kind, once it is registered
         self.heard_s = self.opened_s  # the same with pongs
         self.pinged_s: float | None = None  # when the ping went out whose pong hasn't come yet
-        self.is_ending = False  # it was hung up on
         self.has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
 
     def end_details(self, code: int | None, reason: str) -> Row:
@@ -2164,6 +2163,11 @@ class Connection(ABC):
         seconds = round(time.monotonic() - self.opened_s, 3)
         code = None if code is None else int(code)
         return {"reason": reason, "code": code, "peer": self.peer, "seconds_connected": seconds}
+
+    @property
+    @abstractmethod
+    def is_ending(self) -> bool:
+        """Whether it was hung up on."""
 
     @abstractmethod
     async def send(self, frame: str) -> bool:
@@ -2356,7 +2360,7 @@ class Registry:
     async def targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
         """The type that a command's row has, and the devices that are online of those that are meant.
 
-        Raises DEVICE_NOT_FOUND, INVALID_FIELD_VALUE.
+        Raises DEVICE_NOT_FOUND, INVALID_FIELD_VALUE, STORE_UNAVAILABLE.
         """
         if request.device_id is None:
             assert request.device_type is not None
@@ -2943,7 +2947,10 @@ class Departures:
             departure.is_over.set()
 
     async def let_go_before(self, departure: Departure) -> None:
-        """A command is due: those before it to any of its devices go now, whether their rows are written or not."""
+        """A command is due: those before it to any of its devices go now, whether their rows are written or not.
+
+        That takes what sending them takes, and LOOKUP_TIMEOUT_S where their targets are still looked up.
+        """
         for other in self._waiting[: self._waiting.index(departure)]:
             if other.device_ids & departure.device_ids:
                 if not other.is_urged.done():
@@ -3539,6 +3546,11 @@ class DeviceSocket(Connection):
                 error.__traceback__ = error.__context__ = None
         return self._socket
 
+    @property
+    def is_ending(self) -> bool:
+        """See Connection."""
+        return self._our_close is not None
+
     async def send(self, frame: str) -> bool:
         """See Connection."""
         if not await self._send(frame):
@@ -3567,7 +3579,6 @@ class DeviceSocket(Connection):
 
     def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
         """See Connection. Takes CLOSE_TIMEOUT_S twice at the most: to hand the close frame over, and for the echo."""
-        self.is_ending = True
         if self._our_close is None:
             self._our_close = event, code, reason
             if self._receiving is not None:
