@@ -750,6 +750,25 @@ async def test_row_is_committed_before_the_first_frame_leaves(database: Path) ->
 
 
 @in_a_loop
+async def test_commands_are_committed_without_the_telemetry_that_may_wait(database: Path) -> None:
+    async with gateway_on(database, commit_interval_s=3600) as client, client.board("a") as board:
+        await say(board, "status", payload={"n": 0})
+        await eventually(lambda: client.rows("SELECT id FROM device_state_snapshots"))  # the first is committed at once
+        async with background(answer_commands(board)):
+            for number in range(1, 6):
+                await say(board, "status", payload={"n": number})
+                answer = await client.post("/command?wait=5", {"device_type": "ESP32", "command_name": "blink"})
+                assert answer["status"] == "ack_success"
+        assert client.rows("SELECT count(*) FROM command_logs WHERE status = 'ack_success'") == [(5,)]
+        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(1,)]
+        assert (await client.get("/health"))["rows_waiting"] == 5
+        assert (await client.get("/state-history/a"))["total"] == 6
+        await say(board, "status", payload={"n": 6})
+        await eventually(lambda: state_is(client, "a", {"n": 6}))
+    assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(7,)]  # a stop writes what waits
+
+
+@in_a_loop
 async def test_answers_are_counted_once_each_and_kept_for_each_device(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b, client.board("c", "OTHER") as c:
         answer = await client.post(
