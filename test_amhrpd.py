@@ -750,25 +750,6 @@ async def test_row_is_committed_before_the_first_frame_leaves(database: Path) ->
 
 
 @in_a_loop
-async def test_commands_are_committed_without_the_telemetry_that_may_wait(database: Path) -> None:
-    async with gateway_on(database, commit_interval_s=3600) as client, client.board("a") as board:
-        await say(board, "status", payload={"n": 0})
-        await eventually(lambda: client.rows("SELECT id FROM device_state_snapshots"))  # the first is committed at once
-        async with background(answer_commands(board)):
-            for number in range(1, 6):
-                await say(board, "status", payload={"n": number})
-                answer = await client.post("/command?wait=5", {"device_type": "ESP32", "command_name": "blink"})
-                assert answer["status"] == "ack_success"
-        assert client.rows("SELECT count(*) FROM command_logs WHERE status = 'ack_success'") == [(5,)]
-        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(1,)]
-        assert (await client.get("/health"))["rows_waiting"] == 5
-        assert (await client.get("/state-history/a"))["total"] == 6
-        await say(board, "status", payload={"n": 6})
-        await eventually(lambda: state_is(client, "a", {"n": 6}))
-    assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(7,)]  # a stop writes what waits
-
-
-@in_a_loop
 async def test_answers_are_counted_once_each_and_kept_for_each_device(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b, client.board("c", "OTHER") as c:
         answer = await client.post(
@@ -3971,6 +3952,18 @@ async def test_what_never_was_sqlite_is_never_moved(database: Path) -> None:
         assert list(database.parent.iterdir()) == [database]
 
 
+def library_of(source: str, directory: Path) -> str:
+    """The path of a library to be loaded before all others, made of C source."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to make a bad disk with")
+    (directory / "disk.c").write_text(source)
+    library = str(directory / "disk.so")
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-o", library, str(directory / "disk.c"), "-ldl"], check=True, capture_output=True
+    )
+    return library
+
+
 READ_ERRORS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -3997,13 +3990,9 @@ ssize_t pread64(int fd, void *buffer, size_t count, off64_t offset) {
 
 @in_a_loop
 async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: Path) -> None:
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc to make a disk that fails with")
-    source, library, faults = tmp_path / "faults.c", tmp_path / "faults.so", tmp_path / "faults.on"
-    source.write_text(READ_ERRORS)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True, capture_output=True)
+    faults = tmp_path / "faults.on"
     await fill(database, 3000)
-    async with process_on(database, LD_PRELOAD=str(library), FAULTS=str(faults)) as (process, client):
+    async with process_on(database, LD_PRELOAD=library_of(READ_ERRORS, tmp_path), FAULTS=str(faults)) as (process, client):
         faults.touch()
         failed = 0
         for before_id in range(3000, 0, -30):
@@ -4017,6 +4006,41 @@ async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: 
         assert failed > 0, "no read failed"
     assert not list(tmp_path.glob("*.corrupt-*"))
     assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(3000,)]
+
+
+SLOW_SYNC = """
+#include <sys/syscall.h>
+#include <unistd.h>
+/* A sync takes half a second, as on a cheap card that is busy. */
+int fdatasync(int fd) { usleep(500000); return syscall(SYS_fdatasync, fd); }
+int fsync(int fd) { usleep(500000); return syscall(SYS_fsync, fd); }
+"""
+
+
+@in_a_loop
+async def test_commands_wait_for_no_sync_of_a_card(database: Path, tmp_path: Path) -> None:
+    code = "import amhrpd, sys; amhrpd.DiskSpace.LOG_PAGES = 800; sys.exit(amhrpd.main())"
+    async with process_on(database, code=code, LD_PRELOAD=library_of(SLOW_SYNC, tmp_path)) as (process, client):
+        async with client.board("a") as board, background(answer_commands(board)):
+            slowest_s = 0.0
+            for _ in range(60):
+                began_s = time.monotonic()
+                answer = await client.post("/command?wait=5", {"device_type": "ESP32", "command_name": "stop"})
+                assert (answer["status"], answer.get("persisted")) == ("ack_success", None)
+                slowest_s = max(slowest_s, time.monotonic() - began_s)
+            alone = tmp_path / "alone.db"
+
+            def commands_in_the_file() -> int:
+                """How many rows it has without its log."""
+                shutil.copyfile(database, alone)
+                with contextlib.suppress(sqlite3.DatabaseError):  # it was written to while it was copied
+                    return int(rows_of(alone, "SELECT count(*) FROM command_logs")[0][0])
+                return 0
+
+            await eventually(lambda: commands_in_the_file() >= 5)
+            assert slowest_s < 0.4
+        process.popen.terminate()
+        assert await process.exit_code() == 0
 
 
 def change(database: Path, script: str) -> None:
