@@ -3685,10 +3685,10 @@ async def test_what_waits_for_a_disk_that_stays_away_is_counted_and_bounded(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(amhrpd.Backlog, "MAX_COMMANDS", 10)
-    monkeypatch.setattr(amhrpd.Store, "READ_TIMEOUT_S", 0.05)
     async with gateway_on(database) as client, client.board("a") as board:
         await client.get("/state-history/a")
-        with disk_that_stalls(database):
+        with disk_that_stalls(database), monkeypatch.context() as impatient:
+            impatient.setattr(amhrpd.Store, "READ_TIMEOUT_S", 0.05)
             await say(board, "status", payload={})
             await eventually(lambda: health_is(client, 503))
             waiting = (await client.get("/health", 503))["rows_waiting"]
