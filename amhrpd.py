@@ -4923,6 +4923,7 @@ class Route:
                 yield web.route(self.method, path, self.serve, expect_handler=send_continue)
 
 
+@functools.lru_cache(maxsize=64)  # callers stay where they are
 def is_private(host: str) -> bool:
     """Whether a `Host` is an address or a name that nobody outside can own."""
     name = host.lower().rsplit(":", 1)[0] if not host.endswith("]") else host

@@ -1193,6 +1193,56 @@ async def test_device_is_not_forgotten_while_something_of_it_waits(database: Pat
 
 
 @in_a_loop
+async def test_device_that_came_and_went_while_its_deletion_waited_is_gone_whole(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("BATCH_BYTES", "BESIDE_COMMANDS_BYTES"):
+        monkeypatch.setattr(amhrpd.Backlog, limit, 1)  # a snapshot
+    async with gateway_on(database) as client:
+        flush, waits = client.store.flush, asyncio.Event()
+
+        async def noted_flush() -> bool:
+            waits.set()
+            return await flush()
+
+        async with client.board("a"):
+            pass
+        await eventually(lambda: not_online(client, "a"))
+        await client.get("/state-history/a")
+        monkeypatch.setattr(client.store, "flush", noted_flush)
+        with disk_that_stalls(database):
+            await client.post("/command?device_type=none&command_name=x")  # is being written, so that the rest waits behind it
+            asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
+            await waits.wait()
+            async with client.board("a") as board:
+                for number in range(20):
+                    await say(board, "status", payload={"n": number})
+                await eventually(lambda: state_is(client, "a", {"n": 19}))
+            await eventually(lambda: not_online(client, "a"))
+            assert not asked.done()
+        assert await asked == (200, {"device_id": "a", "deleted": {"snapshots": 20, "events": 4}})
+        assert (await client.get("/health"))["rows_waiting"] == 0
+        for table in ("devices", "device_state_snapshots", "device_connection_logs"):
+            assert client.rows(f"SELECT * FROM {table}") == []
+
+
+@in_a_loop
+async def test_device_that_is_being_forgotten_is_not_looked_up_in_the_file(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(database, 500)
+    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 1)
+    monkeypatch.setattr(amhrpd, "RESTORED_DEVICES", 1)  # so there may be others that only the file knows
+    async with gateway_on(database) as client:
+        asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
+        await eventually(lambda: client.rows("SELECT count(*) FROM device_state_snapshots")[0][0] < 490)
+        await client.get("/devices/a", 404)
+        assert not asked.done()
+        assert (await asked)[0] == 200
+        await client.get("/devices/a", 404)
+
+
+@in_a_loop
 async def test_device_that_comes_back_while_it_is_forgotten_is_there(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 1)
     async with gateway_on(database) as client:
@@ -1436,6 +1486,8 @@ async def test_what_arrives_on_a_replaced_connection_counts_for_nothing(database
         old = await Wire.connect(client.port, "servo_1")  # doesn't answer the close, and goes on talking
         old.send(REGISTRATION)
         await eventually(lambda: client.is_online("servo_1"))
+        command = await client.post("/command?device_id=servo_1&command_name=x")
+        assert (await old.receive())[0] == 0x81
         async with await connect(client.port, "servo_1") as new:
             await say(new, "registration", device_type="ESP32")
             assert (await old.receive())[0] == 0x88
@@ -1443,6 +1495,12 @@ async def test_what_arrives_on_a_replaced_connection_counts_for_nothing(database
             old.send('{"message_type":"status","payload":{"ghost":true}}')
             await say(new, "status", payload={"real": True})
             await eventually(lambda: state_is(client, "servo_1", {"real": True}))
+            heard_at = (await client.get("/devices/servo_1"))["last_heartbeat"]
+            old.send(b"", opcode=10)
+            answer = {"message_type": "command_ack", "command_id": command["command_id"], "status": "success"}
+            old.send(json.dumps(answer))  # but for what it was asked
+            await eventually(lambda: row_has(client, f"/command-logs/{command['command_id']}", status="ack_success"))
+            assert (await client.get("/devices/servo_1"))["last_heartbeat"] == heard_at
             old.send(struct.pack("!H", 1000), opcode=8)
             await old.close()
         await eventually(lambda: not_online(client, "servo_1"))
@@ -1932,7 +1990,22 @@ async def test_states_as_csv_have_a_column_for_each_key_and_no_formula(database:
         header, *rows = (await csv_of(client, "/state-history/a?format=csv"))[0]
         assert (header, rows) == (["timestamp", "other"], [])
         await say(board, "status", payload={"t": -4.5, "gps": {"lat": 1, "on": [True, None]}, "on": True, "off": None})
-        texts = ["=1+1", "+1+1", "-a", "@a", "\t=a", "\r=a", "-5.25", 'a,"b"\nc', "ä=1", ""]
+        texts = [
+            "=1+1",
+            "+1+1",
+            "-a",
+            "@a",
+            "\t=a",
+            "\r=a",
+            "-5.25",
+            'a,"b"\nc',
+            "ä=1",
+            "",
+            "\uff1d1+1",
+            "\uff0b1",
+            "\uff0d1",
+            "\uff20a",
+        ]
         await say(board, "status", payload={f"k{number}": text for number, text in enumerate(texts)} | {"=key": 1})
         await say(board, "status", payload={"timestamp": "mine", "other": 7, "t": 3})
         await eventually(lambda: client.gateway.messages[amhrpd.Status] == 3)
@@ -1940,7 +2013,22 @@ async def test_states_as_csv_have_a_column_for_each_key_and_no_formula(database:
         assert headers["Content-Disposition"] == 'attachment; filename="state-history-a.csv"'
         newest, formulas, oldest = (dict(zip(lines[0], line, strict=True)) for line in lines[1:])
         assert lines[0] == ["timestamp", "t", *(f"k{n}" for n in range(len(texts))), "'=key", "gps", "on", "off", "other"]
-        shown = ["'=1+1", "'+1+1", "'-a", "'@a", "'\t=a", "'\r=a", "-5.25", 'a,"b"\nc', "ä=1", ""]
+        shown = [
+            "'=1+1",
+            "'+1+1",
+            "'-a",
+            "'@a",
+            "'\t=a",
+            "'\r=a",
+            "-5.25",
+            'a,"b"\nc',
+            "ä=1",
+            "",
+            "'\uff1d1+1",
+            "'\uff0b1",
+            "'\uff0d1",
+            "'\uff20a",
+        ]
         assert [formulas[f"k{number}"] for number in range(len(texts))] == shown
         assert (oldest["t"], oldest["gps"], oldest["on"], oldest["off"]) == ("-4.5", '{"lat":1,"on":[true,null]}', "true", "")
         assert (newest["t"], json.loads(newest["other"])) == ("3", {"timestamp": "mine", "other": 7})
@@ -1979,6 +2067,18 @@ async def test_csv_goes_through_pages_that_new_rows_do_not_shift(database: Path,
         header, *events = (await csv_of(client, "/device-connection-history/a?format=csv&event=connected"))[0]
         assert header == list(amhrpd.COLUMNS["device_connection_logs"])
         assert [(event[1], event[3], list(json.loads(event[5]))) for event in events] == [("a", "connected", ["peer"])]
+
+
+@in_a_loop
+async def test_columns_of_a_download_are_those_of_all_its_first_rows(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        await say(board, "status", payload={"old": 1})
+        for number in range(30):  # more than is read at once
+            await say(board, "status", payload={"seq": number, "text": "x" * 60_000})
+        await eventually(lambda: client.gateway.messages[amhrpd.Status] == 31)
+        header, *states = (await csv_of(client, "/state-history/a?format=csv"))[0]
+        assert header == ["timestamp", "seq", "text", "old", "other"]
+        assert (len(states), states[-1][1:]) == (31, ["", "", "1", ""])
 
 
 @in_a_loop
@@ -2882,6 +2982,16 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, env=clean | environ, check=False)
 
 
+def test_error_without_a_text_is_named() -> None:
+    assert amhrpd.cause_of(OSError()) == "OSError"
+    assert amhrpd.cause_of(sqlite3.OperationalError("disk I/O error\n[SQL: …]")) == "disk I/O error"
+
+
+def test_flags_are_written_out() -> None:
+    result = run("--por", "0")
+    assert (result.returncode, "--por" in result.stderr) == (2, True)
+
+
 def test_bad_settings_end_the_start_with_one_line() -> None:
     for environ, words in {
         ("AMHRPD_PORT", "http"): ("AMHRPD_PORT", "'http'", "0 to 65535"),
@@ -3446,7 +3556,9 @@ async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(databa
         answer = await client.post("/command?device_type=ESP32&command_name=stop&wait=5")
         assert time.monotonic() - began_s < 1.5
         assert (answer["status"], answer["persisted"]) == ("ack_success", False)
+        began_s = time.monotonic()
         assert (await client.get("/state-history/a", 503))["error_code"] == "STORE_UNAVAILABLE"
+        assert time.monotonic() - began_s < 5  # a tenth of it, and not the 20 s that it would have to wait for a slow disk
         assert await client.is_online("a")
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, unlimited)
         await eventually(lambda: health_is(client, 200))
@@ -3467,14 +3579,20 @@ async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> Non
     async def start_on(database: Path, left: str) -> None:
         async with process_on(database, code=limit) as (process, client):
             assert "the database" in (await client.get("/health", 503))["database"]
-            async with client.board("b") as board, background(answer_commands(board)):
+            async with client.board("b", None) as board, background(answer_commands(board)):
+                await say(board, "heartbeat", device_type="ESP32")
+                await eventually(lambda: client.is_online("b"))
                 answer = await client.post("/command?device_id=b&command_name=stop&wait=5")
                 assert (answer["status"], answer["persisted"]) == ("ack_success", False)
                 resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
                 await eventually(lambda: health_is(client, 200))
                 assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
-                assert await client.events("b") == ["connected"]
-                known = {"a", "b"} if left == "a clean stop" else {"b"}
+                is_known = left == "a clean stop"
+                if is_known:  # asked of all, as a question about one looks into the file
+                    shown = {device["device_id"]: device["metadata"] for device in (await client.get("/devices"))["devices"]}
+                    assert shown["b"] == {"name": "it is b"}
+                assert await client.events("b") == [*(["connected", "disconnected"] if is_known else []), "connected"]
+                known = {"a", "b"} if is_known else {"b"}
                 await eventually(lambda: knows(client, known))
                 assert ("corrupt" in str(await notice(client))) == (left == "damage")
                 if left == "a clean stop":
@@ -3494,6 +3612,8 @@ async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> Non
 
     databases = {left: tmp_path / f"{left}.db" for left in ("a clean stop", "nothing", "damage")}
     await fill(databases["a clean stop"], 300)
+    async with gateway_on(databases["a clean stop"]) as client, client.board("b", metadata={"name": "it is b"}):
+        pass
     await fill(databases["damage"], 300)
     spoil(databases["damage"], 20)
     await asyncio.gather(*(start_on(database, left) for left, database in databases.items()), stop_on(tmp_path / "none.db"))
@@ -3801,6 +3921,16 @@ async def test_file_that_turns_out_corrupt_while_in_use_is_replaced_without_a_st
         assert client.rows("SELECT device_id FROM devices ORDER BY device_id") == [("a",), ("b",)]
     assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
     assert len(list(database.parent.glob("amhrpd.db.corrupt-*Z"))) == 1
+
+
+@in_a_loop
+async def test_large_file_is_looked_through_while_it_serves(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await fill(database, 300)
+    ((page,),) = rows_of(database, "SELECT rootpage FROM sqlite_master WHERE name = 'ix_amhrpd_commands_type'")
+    spoil(database, page - 1)  # which nobody reads or writes here
+    monkeypatch.setattr(amhrpd.LockedFile, "CHECKED_AT_START_BYTES", 0)
+    async with gateway_on(database) as client:
+        assert "corrupt" in await eventually(lambda: notice(client))
 
 
 async def notice(client: Client) -> Any:
