@@ -1403,7 +1403,9 @@ class DiskSpace:
 
     SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
     NOTICE_S = 3600.0
-    LOG_PAGES = 4000  # 16 MB; usually a quarter of it, see Database's `checkpoint`
+    # 64 MB; usually a quarter of it, see Database's `checkpoint`. A commit beside one takes some ms longer: with SQLite's 1,000
+    # pages that was one command in 200.
+    LOG_PAGES = 16_000
     LOOK_INTERVAL_S = 1.0  # to ask for three sizes takes as long as to write 20 rows
 
     def __init__(self, file: LockedFile, min_free_bytes: int) -> None:
@@ -1539,7 +1541,7 @@ class Database:
                 "PRAGMA foreign_keys = ON",
                 "PRAGMA synchronous = NORMAL",  # with WAL it never corrupts, and syncs at checkpoints only
                 f"PRAGMA wal_autocheckpoint = {log_pages}",
-                f"PRAGMA journal_size_limit = {2 * log_pages * PAGE_BYTES}",  # to truncate takes longer than to use again
+                f"PRAGMA journal_size_limit = {log_pages * PAGE_BYTES}",  # to truncate takes longer than to use again
             ],
         )
         # dataset reflects the tables; what is text in the file is text in their rows.
