@@ -680,12 +680,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.devices) + len(self.snapshots) + len(self.connections) + len(self.commands)
 
-    @property
-    def pages(self) -> int:
-        """How many pages of the write-ahead log it takes, about (within a tenth, measured with 10 and 50 boards)."""
-        of_snapshots = len(self.snapshots) // 30 + len(self.snapshot_bytes)
-        return 4 + of_snapshots + len(self.devices) + 2 * len(self.connections) + 2 * len(self.commands)
-
     def tables(self) -> Iterator[tuple[TableName, list[Row]]]:
         """Rows table by table, devices first: the others refer to them."""
         yield "devices", list(self.devices.values())
@@ -1128,6 +1122,11 @@ class LockedFile:
             lock_fd, self._lock_fd = self._lock_fd, None
             os.close(lock_fd)
 
+    def sync(self) -> None:
+        """Have what was written to the file on the disk. Raises OSError."""
+        if self._lock_fd is not None:
+            os.fdatasync(self._lock_fd)
+
     def is_in_place(self) -> bool:
         """Whether the file that is locked, if any, is the one that its path names."""
         try:
@@ -1403,20 +1402,23 @@ class DiskSpace:
 
     SMALL_FILE_BYTES = 1 << 20  # never has to make room, so that something is kept on a card that others filled
     NOTICE_S = 3600.0
-    # 64 MB; usually a quarter of it, see Database's `checkpoint`. A commit beside one takes some ms longer: with SQLite's 1,000
-    # pages that was one command in 200.
+    # Of the write-ahead log, 64 MB: then SQLite has a commit end it. Database's `checkpoint` sees to it at a quarter of that.
+    # A commit beside one takes some ms longer: with SQLite's 1,000 pages that was one command in 200.
     LOG_PAGES = 16_000
     LOOK_INTERVAL_S = 1.0  # to ask for three sizes takes as long as to write 20 rows
 
     def __init__(self, file: LockedFile, min_free_bytes: int) -> None:
         self.sizes: dict[str, int] = {}  # as `GET /health` shows them
+        self.written_bytes = 0  # by the writer's thread, most of it into the log
         self._looked_s = -math.inf
         self._file = file
         self._min_free_bytes = min_free_bytes
         self._made_s = self._logged_s = -math.inf  # monotonic time of the latest, and of when that was said
 
     def look(self) -> None:
-        """Look at the size of the file with its log, and at what is free beside it, once in LOOK_INTERVAL_S."""
+        """Look at the size of the file with its log, at what is free beside it, and at what was written, once in
+        LOOK_INTERVAL_S. For the writer's thread.
+        """
         if time.monotonic() < self._looked_s + self.LOOK_INTERVAL_S:
             return
         self._looked_s = time.monotonic()
@@ -1426,10 +1428,12 @@ class DiskSpace:
             with contextlib.suppress(FileNotFoundError):
                 sizes["database_bytes"] += self._file.beside("-wal").stat().st_size
             sizes["disk_free_bytes"] = shutil.disk_usage(self._file.path.parent).free
+            # proc(5). A kernel that doesn't count has a commit end each log.
+            self.written_bytes = int(Path("/proc/thread-self/io").read_text().partition("wchar: ")[2].split()[0])
         self.sizes = sizes
 
     def log_pages(self) -> int:
-        """How long the write-ahead log gets before SQLite has a commit write it into the file, whoever waits for that."""
+        """How long the write-ahead log may get: fewer than LOG_PAGES on a small file system."""
         system = os.statvfs(self._file.path)
         return min(self.LOG_PAGES, system.f_blocks * system.f_frsize // 8 // PAGE_BYTES or self.LOG_PAGES)
 
@@ -1488,7 +1492,8 @@ class Database:
         self.disk_space = DiskSpace(self.file, min_free_bytes)
         self._dataset: Any = None
         self._has_failed = False
-        self._log_pages = self._checkpoint_pages = 0  # written since the latest checkpoint; those after which one is due
+        self._checkpoint_bytes = 0  # how much is written between two checkpoints
+        self._checkpointed_bytes = 0  # what had been written when the latest began
         self.is_indexing = False  # an index is being created, which holds up telemetry and nothing else
         self.surveys = {table: Survey(table) for table in HISTORIES}
 
@@ -1531,7 +1536,7 @@ class Database:
 
     def _connect(self) -> None:
         log_pages = self.disk_space.log_pages()
-        self._log_pages, self._checkpoint_pages = 0, log_pages // 4
+        self._checkpoint_bytes = log_pages * PAGE_BYTES // 4
         self._dataset = dataset.connect(
             sa.URL.create("sqlite", database=str(self.file.path)).render_as_string(),
             row_type=dict,
@@ -1592,7 +1597,6 @@ class Database:
                 for table, rows in batch.tables():
                     if rows:
                         write_rows(tables, table, rows)
-            self._log_pages += batch.pages
         finally:
             self.disk_space.look()
 
@@ -1648,15 +1652,18 @@ class Database:
     @property
     def is_checkpoint_due(self) -> bool:
         """Whether the write-ahead log has got long."""
-        return self._log_pages > self._checkpoint_pages
+        return self.disk_space.written_bytes - self._checkpointed_bytes > self._checkpoint_bytes
 
     def checkpoint(self, tables: Any) -> Iterable[Row]:
-        """Write the log into the file, for `read`. Commits go on beside it: with a card's syncs it takes seconds, and within a
-        COMMIT, where SQLite does it otherwise, whoever waits for a command's row would wait for them.
+        """Write the log into the file, for `read`. Commits go on beside it: a card's syncs take seconds, and within a COMMIT,
+        where SQLite does it otherwise, whoever waits for a command's row would wait for them.
+
+        While commits go on without a pause SQLite never comes to the end of the log, nor to its sync of the file. So that is
+        done here, and what is left to the COMMIT that ends the log is little.
         """
-        self._log_pages = 0
-        result: Iterable[Row] = tables.query("PRAGMA wal_checkpoint(PASSIVE)")
-        return result
+        self._checkpointed_bytes = self.disk_space.written_bytes
+        yield from tables.query("PRAGMA wal_checkpoint(PASSIVE)")
+        self.file.sync()
 
     def newest(
         self,
@@ -1734,7 +1741,7 @@ class Reader:
     """Asks the database in threads, THREADS at a time, and breaks off what nobody waits for. Belongs to the event loop."""
 
     THREADS = 3  # so that a cheap question needn't wait for a dear one
-    BREAK_OFF_TIMEOUT_S = 1.0  # SQLite looks every 10,000 steps; only a disk that hangs takes longer
+    BREAK_OFF_TIMEOUT_S = 1.0  # SQLite looks every 10,000 steps; only a disk that hangs takes longer, and a checkpoint
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -1767,7 +1774,7 @@ class Reader:
 
     @contextlib.asynccontextmanager
     async def silence(self) -> AsyncIterator[None]:
-        """While this lasts nobody reads: what is being answered is broken off, and what comes waits."""
+        """While this lasts nobody reads: what is being answered is broken off (but for a checkpoint), and what comes waits."""
         self._may_ask.clear()
         try:
             for is_over in self._asked.values():
@@ -1833,8 +1840,8 @@ class Writer:
 
     async def write_forever(self) -> None:
         """Write until a stop, and then until nothing waits or its time is over."""
-        async with asyncio.TaskGroup() as beside:
-            checkpoint: asyncio.Task[None] | None = None
+        checkpoint: asyncio.Task[None] | None = None
+        try:
             while self.deadline_s == math.inf or self._backlog.rows_waiting or self._backlog.is_due.is_set():
                 if self.deadline_s == math.inf:
                     await self._backlog.is_due.wait()
@@ -1843,7 +1850,14 @@ class Writer:
                     return
                 self._backlog.settle()
                 if self._database.is_checkpoint_due and (checkpoint is None or checkpoint.done()):
-                    checkpoint = beside.create_task(self._checkpoint())
+                    checkpoint = asyncio.create_task(self._checkpoint())
+        except Exception:
+            log.exception("writer_died")
+            raise
+        finally:
+            if checkpoint is not None:
+                checkpoint.cancel()
+                await asyncio.wait((checkpoint,))  # Reader sees to it that this takes no longer than BREAK_OFF_TIMEOUT_S
 
     async def _checkpoint(self) -> None:
         try:
@@ -1851,6 +1865,8 @@ class Writer:
         except STORE_ERRORS as error:
             log.warning("checkpoint_failed", problem=cause_of(error))
             self.call_if_unusable()
+        except Exception:
+            log.exception("checkpoint_failed")
 
     async def _commit_stubbornly(self, batch: Batch) -> bool:
         """Commit the batch: again at once where it fails, then however long that takes. False where a stop gave up on it."""

@@ -4149,7 +4149,7 @@ int fsync(int fd) { usleep(500000); return syscall(SYS_fsync, fd); }
 
 @in_a_loop
 async def test_commands_wait_for_no_sync_of_a_card(database: Path, tmp_path: Path) -> None:
-    code = "import amhrpd, sys; amhrpd.DiskSpace.LOG_PAGES = 800; sys.exit(amhrpd.main())"
+    code = "import amhrpd, sys; amhrpd.DiskSpace.LOG_PAGES, amhrpd.DiskSpace.LOOK_INTERVAL_S = 800, 0; sys.exit(amhrpd.main())"
     async with process_on(database, code=code, LD_PRELOAD=library_of(SLOW_SYNC, tmp_path)) as (process, client):
         async with client.board("a") as board, background(answer_commands(board)):
             slowest_s = 0.0
