@@ -4173,6 +4173,22 @@ async def test_commands_wait_for_no_sync_of_a_card(database: Path, tmp_path: Pat
         assert await process.exit_code() == 0
 
 
+@in_a_loop
+async def test_checkpoint_that_fails_stops_no_writer(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(amhrpd.Database, "checkpoint", fail)
+    monkeypatch.setattr(amhrpd.DiskSpace, "LOG_PAGES", 40)
+    monkeypatch.setattr(amhrpd.DiskSpace, "LOOK_INTERVAL_S", 0)
+    with logged() as events:
+        async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+            for _ in range(20):
+                answer = await client.post("/command?wait=5", {"device_type": "ESP32", "command_name": "stop"})
+                assert (answer["status"], answer.get("persisted")) == ("ack_success", None)
+        assert named(events, "checkpoint_failed")
+
+
 def change(database: Path, script: str) -> None:
     """What somebody does to the file with another program."""
     with contextlib.closing(sqlite3.connect(database, timeout=5)) as db:
