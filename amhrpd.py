@@ -1083,7 +1083,7 @@ class LockedFile:
         self.path = path
         self.notice: str | None = None  # for people: what happened to the file
         self.is_doubted = False  # SQLite reported damage, and the whole file is to be looked at
-        self._is_unchecked = False  # it is large, and was opened without that
+        self.is_unchecked = False  # it is large, and was opened without that
         self._lock_fd: int | None = None
 
     @property
@@ -1168,7 +1168,7 @@ class LockedFile:
             start = file.read(len(self.MAGIC))
         if start and start != self.MAGIC:
             raise StartError(f"{self.path} is no SQLite database; name another file or move this one away")
-        self._is_unchecked |= is_new and self.is_large
+        self.is_unchecked |= is_new and self.is_large
         damage = self._look(is_whole=self.is_doubted or (is_new and not self.is_large)) if start else None
         if damage is not None:
             for path in (self.path, self.beside("-wal")):
@@ -1202,9 +1202,7 @@ class LockedFile:
 
     def check(self, is_over: Callable[[], bool]) -> None:
         """Look for damage in a large file while it is in use, once: minutes. For a thread of its own."""
-        if not self._is_unchecked:
-            return
-        self._is_unchecked = False
+        self.is_unchecked = False
         with contextlib.suppress(*STORE_ERRORS, StartError):  # what reads and writes the file will say so
             self.is_doubted |= self._look(is_whole=True, is_over=is_over) is not None
 
@@ -1957,9 +1955,21 @@ class Upkeep:
 
     async def _check(self) -> None:
         """Look for damage in a large file that was opened, once, while it serves."""
-        is_over = threading.Event()
+        if not self._database.file.is_unchecked:
+            return
+        loop, checked, is_over = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        def check() -> None:
+            try:
+                self._database.file.check(is_over.is_set)
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(checked.set)
+
+        # A thread that ends with the process: SQLite before 3.41 can't be interrupted in this, and it would hold up a stop.
+        threading.Thread(target=check, name="store-check", daemon=True).start()
         try:
-            await asyncio.to_thread(self._database.file.check, is_over.is_set)
+            await checked.wait()
         finally:
             is_over.set()
         self._writer.call_if_unusable()

@@ -3933,6 +3933,25 @@ async def test_large_file_is_looked_through_while_it_serves(database: Path, monk
         assert "corrupt" in await eventually(lambda: notice(client))
 
 
+@in_a_loop
+async def test_look_through_a_large_file_holds_up_no_stop(database: Path) -> None:
+    await fill(database, 300)
+    endless = (
+        "import amhrpd, sys, time\n"
+        "def quick_check(connection): print('looking', file=sys.stderr, flush=True); time.sleep(60)\n"
+        "amhrpd.LockedFile.CHECKED_AT_START_BYTES, amhrpd.quick_check = 0, quick_check\n"
+        "sys.exit(amhrpd.main())"
+    )
+    async with process_on(database, code=endless) as (process, _):
+        await eventually(lambda: "looking" in process.log)
+        began_s = time.monotonic()
+        process.popen.terminate()
+        assert await process.exit_code() == 0
+        assert time.monotonic() - began_s < 5
+    log = database.with_name("amhrpd.db-wal")  # who looks still had the file open
+    assert not log.exists() or log.stat().st_size == 0
+
+
 async def notice(client: Client) -> Any:
     return (await client.ask("GET", "/health"))[1].get("notice")
 
