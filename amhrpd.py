@@ -5703,7 +5703,7 @@ def build_app(settings: Settings) -> web.Application:
         await store.open()
         yield
         if not await store.close(STORE_CLOSE_TIMEOUT_S):
-            raise GatewayError(Code.STORE_UNAVAILABLE, "not all that was queued could be written")
+            raise GatewayError(Code.STORE_UNAVAILABLE, "the database could not be closed as it should be")
 
     app.cleanup_ctx.append(run_store)
     return app
