@@ -33,6 +33,7 @@ import aiohttp
 AMHRPD = str(Path(__file__).resolve().parent.parent / "amhrpd.py")
 LATER_INDEXES = ("ix_amhrpd_events_event", "ix_amhrpd_commands_type_status")
 REPEATS = 5
+READY_TIMEOUT_S = 1800
 SPAN_S = 79_000_000  # two and a half years from 2024-01-01
 BARELY, FAR_BACK, LONG_AGO, MIDDLE = "2026-06-30T00:00:00", "2024-01-02T00:00:00", "2020-01-01T00:00:00", "2025-04-01T12:00:00"
 
@@ -142,11 +143,12 @@ async def ask(session: aiohttp.ClientSession, port: int, path: str) -> float:
 
 async def wait_until_ready(session: aiohttp.ClientSession, gateway: Gateway, missing: int) -> None:
     """Wait until it has the indexes that were missing, and has looked at all the times."""
-    while gateway.events.count("index_created") < missing:
-        await asyncio.sleep(1)
-    for path in ("/state-history/d7", "/device-connection-history/d7", "/command-logs"):
-        while min([await ask(session, gateway.port, f"{path}?until={LONG_AGO}") for _ in range(2)]) > 20:
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        while gateway.events.count("index_created") < missing:
             await asyncio.sleep(1)
+        for path in ("/state-history/d7", "/device-connection-history/d7", "/command-logs"):
+            while min([await ask(session, gateway.port, f"{path}?until={LONG_AGO}") for _ in range(2)]) > 20:
+                await asyncio.sleep(1)
 
 
 async def ask_everything(gateway: Gateway, missing: int) -> tuple[float, dict[str, float]]:
