@@ -5653,8 +5653,9 @@ async def listen(settings: Settings, server: web.Server, tls_options: Mapping[st
                 queue.listen(LISTEN_BACKLOG)  # asyncio has one number for both
         return listener
     except (OSError, UnicodeError) as error:
-        # What asyncio says of a bind names the address once more; a resolver's numbers are negative and no errno.
-        number = getattr(error, "errno", None) or 0
+        # What asyncio says of a bind names the address once more, since Python 3.13 without a number where the machine
+        # doesn't have the address; a resolver's numbers are negative and no errno.
+        number = (error.errno or errno.EADDRNOTAVAIL) if isinstance(error, OSError) else 0
         reason = os.strerror(number) if number > 0 else getattr(error, "strerror", error)
         raise StartError(f"can't listen on {settings.host} port {settings.port}: {reason}") from None
 

@@ -394,6 +394,29 @@ class Wire:
             await self.writer.wait_closed()
 
 
+def needing(mark: pytest.MarkDecorator, missing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a test that needs more than what README asks for. It is skipped where something is `missing`, and says what."""
+
+    def marked(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(*args: Any, **kwargs: Any) -> None:
+            if missing:
+                pytest.skip(missing)  # from here: the reason is told once, with how many tests it has
+            test(*args, **kwargs)
+
+        return mark(run)  # type: ignore[no-any-return]
+
+    return marked
+
+
+def needing_tool(name: str, what_for: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return needing(pytest.mark.tool, "" if shutil.which(name) else f"no {name} {what_for}")
+
+
+needing_openssl = needing_tool("openssl", "to make a certificate with")
+needing_gcc = needing_tool("gcc", "to make a bad disk with")
+
+
 def make_certificate(cert: Path, key: Path, *options: str) -> None:
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 2 -subj /CN=localhost -addext"
     files = ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
@@ -3054,6 +3077,22 @@ def test_help_and_version_and_import(capsys: pytest.CaptureFixture[str], monkeyp
     assert subprocess.run([sys.executable, "-c", "import amhrpd"], capture_output=True, cwd=HERE, check=True).stdout == b""
 
 
+def refusal(directory: Path, **flags: str) -> str:
+    """Why a gateway with these settings doesn't start."""
+    defaults = {"host": "127.0.0.1", "port": "0", "database_url": f"sqlite:///{directory}/fresh.db"}
+    settings = amhrpd.Settings.load(defaults | flags, {})
+    with pytest.raises(amhrpd.StartError) as error:
+        asyncio.run(amhrpd.serve(settings, asyncio.Event()))
+    return str(error.value)
+
+
+@needing_openssl
+def test_locked_key_is_a_start_error_of_one_line(tmp_path: Path) -> None:
+    make_certificate(tmp_path / "cert.pem", tmp_path / "locked.pem", "-passout", "pass:sesame")
+    text = refusal(tmp_path, tls_cert=f"{tmp_path}/cert.pem", tls_key=f"{tmp_path}/locked.pem")
+    assert ("locked.pem" in text, "encrypted" in text, "\n" in text) == (True, True, False)
+
+
 def test_start_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("just some notes\n")
     with contextlib.closing(sqlite3.connect(tmp_path / "foreign.db")) as db, db:
@@ -3065,15 +3104,6 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
         db.execute("CREATE TABLE devices (device_id TEXT)")
     os.mkfifo(tmp_path / "fifo.db")
     (tmp_path / "bad.pem").write_text("no certificate")
-    make_certificate(tmp_path / "cert.pem", tmp_path / "locked.pem", "-passout", "pass:sesame")
-
-    def refusal(**flags: str) -> str:
-        defaults = {"host": "127.0.0.1", "port": "0", "database_url": f"sqlite:///{tmp_path}/fresh.db"}
-        settings = amhrpd.Settings.load(defaults | flags, {})
-        with pytest.raises(amhrpd.StartError) as error:
-            asyncio.run(amhrpd.serve(settings, asyncio.Event()))
-        return str(error.value)
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         cases: list[tuple[dict[str, str], tuple[str, ...]]] = [
@@ -3091,10 +3121,9 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
             ({"database_url": f"sqlite:///{tmp_path}/columns.db"}, ("columns.db", "devices", "device_type")),
             ({"tls_cert": f"{tmp_path}/none.pem", "tls_key": f"{tmp_path}/none.pem"}, ("none.pem", "No such file")),
             ({"tls_cert": f"{tmp_path}/bad.pem", "tls_key": f"{tmp_path}/bad.pem"}, ("bad.pem", "certificate")),
-            ({"tls_cert": f"{tmp_path}/cert.pem", "tls_key": f"{tmp_path}/locked.pem"}, ("locked.pem", "encrypted")),
         ]
         for flags, words in cases:
-            text = refusal(**flags)
+            text = refusal(tmp_path, **flags)
             assert all(word in text for word in words), text
             assert "\n" not in text
         result = run("--host", "127.0.0.1", "--port", port, "--database-url", f"sqlite:///{tmp_path}/fresh.db")
@@ -3370,20 +3399,23 @@ def test_unit_is_what_systemd_takes() -> None:
     assert "TOKEN" not in "".join(line for line in unit.splitlines() if not line.startswith("#"))
     for name in re.findall(r"(AMHRPD_[A-Z_]+|DATABASE_URL)=", unit):
         assert name in {amhrpd.variable_of(field.name) for field in msgspec.structs.fields(amhrpd.Settings)}
-    if shutil.which("systemd-analyze") is not None:
-        result = subprocess.run(
-            ["systemd-analyze", "verify", "--man=no", str(HERE / "amhrpd.service")], capture_output=True, text=True, check=False
-        )
-        # The program is there only once it is installed.
-        complaints = [line for line in result.stderr.splitlines() if "/opt/amhrpd/.venv/bin/python" not in line]
-        assert [line for line in complaints if "amhrpd.service" in line] == []
-        result = subprocess.run(
-            ["systemd-analyze", "security", "--offline=true", "--threshold=15", str(HERE / "amhrpd.service")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stdout
+
+
+@needing_tool("systemd-analyze", "to look at the unit with")
+def test_unit_has_no_mistake_and_is_closely_confined() -> None:
+    result = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(HERE / "amhrpd.service")], capture_output=True, text=True, check=False
+    )
+    # The program is there only once it is installed.
+    complaints = [line for line in result.stderr.splitlines() if "/opt/amhrpd/.venv/bin/python" not in line]
+    assert [line for line in complaints if "amhrpd.service" in line] == []
+    result = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=15", str(HERE / "amhrpd.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
 
 
 @in_a_loop
@@ -3467,12 +3499,20 @@ async def test_stop_under_load_loses_nothing(database: Path) -> None:
     ]
 
 
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", pytest.param("[::1]", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6"))]
+)
 @in_a_loop
-async def test_both_ip_families_are_served(database: Path) -> None:
+async def test_both_ip_families_are_served(database: Path, host: str) -> None:
     async with gateway_on(database, host="0.0.0.0") as client:
-        for host in ("127.0.0.1", *(("[::1]",) if socket.has_dualstack_ipv6() else ())):
-            async with client.session.get(f"http://{host}:{client.port}/health") as response:
-                assert response.status == 200
+        async with client.session.get(f"http://{host}:{client.port}/health") as response:
+            assert response.status == 200
         async with client.board("a"):
             events = (await client.get("/device-connection-history/a"))["events"]
             assert events[0]["details"]["peer"] == "127.0.0.1"
@@ -4108,8 +4148,6 @@ async def test_what_never_was_sqlite_is_never_moved(database: Path) -> None:
 
 def library_of(source: str, directory: Path) -> str:
     """The path of a library to be loaded before all others, made of C source."""
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc to make a bad disk with")
     (directory / "disk.c").write_text(source)
     library = str(directory / "disk.so")
     subprocess.run(
@@ -4142,6 +4180,7 @@ ssize_t pread64(int fd, void *buffer, size_t count, off64_t offset) {
 """
 
 
+@needing_gcc
 @in_a_loop
 async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: Path) -> None:
     faults = tmp_path / "faults.on"
@@ -4171,6 +4210,7 @@ int fsync(int fd) { usleep(500000); return syscall(SYS_fsync, fd); }
 """
 
 
+@needing_gcc
 @in_a_loop
 async def test_commands_wait_for_no_sync_of_a_card(database: Path, tmp_path: Path) -> None:
     code = "import amhrpd, sys; amhrpd.DiskSpace.LOG_PAGES, amhrpd.DiskSpace.LOOK_INTERVAL_S = 800, 0; sys.exit(amhrpd.main())"
@@ -4324,7 +4364,8 @@ async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypat
 def small_disk(path: Path, size: str) -> Iterator[None]:
     """A file system of its own, in memory; skips the test where that isn't allowed."""
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)], capture_output=True).returncode != 0:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("no right to mount a small disk")
     try:
         yield
@@ -4332,6 +4373,7 @@ def small_disk(path: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@pytest.mark.root
 @in_a_loop
 async def test_small_disk_never_fills_up_and_keeps_what_is_newest(tmp_path: Path) -> None:
     with small_disk(tmp_path / "card", "24m"):
@@ -4362,6 +4404,7 @@ async def state_is_past(client: Client, device_id: str, n: int) -> bool:
     return bool(state and state["n"] >= n)
 
 
+@pytest.mark.root
 @in_a_loop
 async def test_nothing_is_deleted_where_there_is_room_or_it_is_off(tmp_path: Path) -> None:
     for min_free_mb in (3, 0):
@@ -5227,6 +5270,7 @@ async def test_what_is_no_http_gets_the_same_shape_and_no_traceback(database: Pa
         assert [event for event in events if event.get("level") == "error" or "exception" in event] == []
 
 
+@needing_openssl
 @in_a_loop
 async def test_tls(database: Path, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -5251,6 +5295,7 @@ def memory_kb(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
 
 
+@needing_openssl
 @in_a_loop
 async def test_tls_takes_little_memory_and_leaves_none_behind(database: Path, tmp_path: Path) -> None:
     """asyncio would take 300 KB a connection, and keep those whose handshake failed."""
@@ -5458,8 +5503,8 @@ async def test_simulation_without_an_end_shows_commands_and_ends_with_0_on_ctrl_
 # ======================================================================================================================
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_a_browser = pytest.mark.skipif(
-    CHROMIUM is None or playwright is None, reason="the page is looked at only where Chromium and playwright are installed"
+in_a_browser = needing(
+    pytest.mark.browser, "" if CHROMIUM and playwright else "no Chromium or no playwright to look at the page with"
 )
 NETWORK_TROUBLE = r"Failed to load resource|net::ERR"  # what Chromium itself says when the gateway is away or refuses
 
@@ -5581,6 +5626,7 @@ async def test_page_marks_an_odd_reading(database: Path) -> None:
             await page.locator(".card", has_text="calm").wait_for(state="hidden")
 
 
+@in_a_browser
 @in_a_loop
 async def test_page_follows_a_clock_that_goes_back(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with gateway_on(database) as client, page_on(client) as page, client.board("a") as board:
