@@ -43,10 +43,12 @@ import aiohttp
 import msgspec
 import pytest
 import sqlalchemy as sa
+import structlog
 import websockets
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection
+from yarl import URL
 
 import amhrpd
 
@@ -54,8 +56,12 @@ try:
     from playwright import async_api as playwright
 except ImportError:  # then the page isn't looked at
     playwright = None  # type: ignore[assignment]
+try:
+    import aiomqtt
+except ImportError:  # then nothing is tried at a broker
+    aiomqtt = None  # type: ignore[assignment]
 if TYPE_CHECKING:
-    from playwright.async_api import Page
+    from playwright.async_api import Browser, Page, Route
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 10.0  # how long a test waits for what must happen
@@ -121,13 +127,14 @@ class Client:
         assert self.runner.server is not None
         return self.runner.server
 
-    async def ask(self, method: str, path: str, **kwargs: Any) -> tuple[int, Any]:
-        async with self.session.request(method, f"http://127.0.0.1:{self.port}{path}", **kwargs) as response:
+    async def ask(self, method: str, path: str | URL, **kwargs: Any) -> tuple[int, Any]:
+        url = f"http://127.0.0.1:{self.port}{path}" if isinstance(path, str) else path
+        async with self.session.request(method, url, **kwargs) as response:
             text = await response.text()
             assert response.content_type == "application/json", text
             return response.status, json.loads(text)
 
-    async def get(self, path: str, status: int = 200, **kwargs: Any) -> Any:
+    async def get(self, path: str | URL, status: int = 200, **kwargs: Any) -> Any:
         found, answer = await self.ask("GET", path, **kwargs)
         assert found == status, (found, answer)
         return answer
@@ -320,25 +327,24 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def logged() -> Iterator[list[dict[str, Any]]]:
-    """The daemon's log events, as its formatter gets them."""
+    """The daemon's log events, as they are before they become lines."""
     events: list[dict[str, Any]] = []
 
-    def collect(record: logging.LogRecord) -> bool:
-        if isinstance(record.msg, dict):
-            events.append(dict(record.msg))
-        return True
+    def collect(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        events.append(dict(event))
+        return event
 
-    root = logging.getLogger()
+    root, config_before = logging.getLogger(), structlog.get_config()
     handlers_before = root.handlers[:]
     root.handlers.clear()
-    amhrpd.configure_logging("debug", "json")
-    root.handlers[0].addFilter(collect)
+    lines = amhrpd.configure_logging("debug", "json")
+    structlog.get_config()["processors"].insert(-1, collect)
     try:
         yield events
     finally:
-        for handler in root.handlers:
-            handler.close()
+        lines.close()
         root.handlers[:] = handlers_before
+        structlog.configure(**config_before)
 
 
 def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -388,10 +394,24 @@ class Wire:
                 (length,) = struct.unpack("!Q", await self.reader.readexactly(8))
             return first, await self.reader.readexactly(length)
 
+    async def command(self) -> str:
+        """The name of the next command; pings before it are left unanswered."""
+        while True:
+            opcode, payload = await self.receive()
+            if opcode == 0x81:
+                return str(json.loads(payload)["command_name"])
+            assert opcode == 0x89, (opcode, payload)
+
     async def close(self) -> None:
         self.writer.close()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
+
+    def reset(self) -> None:
+        """The connection is gone, with what lies unread in it."""
+        linger = struct.pack("ii", 1, 0)
+        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.writer.transport.abort()
 
 
 def needing(mark: pytest.MarkDecorator, missing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -521,14 +541,51 @@ async def test_pings_are_echoed_exactly(database: Path) -> None:
 
 
 @in_a_loop
-async def test_refused_boards_are_logged_once_a_minute(database: Path) -> None:
+async def test_refused_boards_are_logged_once_a_minute(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with logged() as events:
         async with gateway_on(database, device_token="secret-of-boards") as client:
-            for _ in range(20):
+
+            async def try_it() -> None:
                 with pytest.raises(websockets.InvalidStatus):
                     await connect(client.port, "servo_1")
+
+            for _ in range(20):
+                await try_it()
             assert len(named(events, "request_refused")) == 1
-        assert [event["repeats"] for event in named(events, "request_refused")[1:]] == [19]
+            monkeypatch.setattr(amhrpd.Repeats, "WINDOW_S", 0)  # the minute is over
+            for _ in range(2):
+                await try_it()
+        assert [event.get("repeats") for event in named(events, "request_refused")] == [None, 19, None]
+
+
+@in_a_loop
+async def test_board_that_cannot_connect_is_told_why_and_logged_with_the_reason(database: Path) -> None:
+    handshake = Wire.HANDSHAKE.format(device_id="a")
+    codes = []
+    with logged() as events:
+        async with gateway_on(database) as client:
+            for path, status, code in (
+                ("/ws", 404, "NOT_FOUND"),
+                ("/wrong", 404, "NOT_FOUND"),
+                ("/ws/a/b", 404, "NOT_FOUND"),
+                ("/ws/no%20id", 400, "INVALID_FIELD_VALUE"),
+                ("/ws/no id", 400, "INVALID_MESSAGE"),
+            ):
+                for _ in range(3):
+                    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+                    writer.write(handshake.replace("/ws/a", path).encode())
+                    async with asyncio.timeout(PATIENCE_S):
+                        answer = await reader.read()
+                    writer.close()
+                    assert answer.split()[1] == b"%d" % status, answer
+                    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error_code"] == code
+                    codes.append(code)
+            found = await figures(client)
+        for code, count in Counter(codes).items():
+            assert found["amhrpd_refusals_total", code] == count
+            (first,) = (event for event in named(events, "request_refused") if event["error_code"] == code)
+            assert (first["level"], first["peer"]) == ("warning", "127.0.0.1")
+            assert len(first["error"]) > 10
 
 
 @in_a_loop
@@ -592,7 +649,7 @@ REFUSED = [
     ('{"message_type":"status","payload":{"a":"\\ud800"}}', "INVALID_MESSAGE"),
     ('{"message_type":"status","payload":{"a":' + "[" * 40 + "]" * 40 + "}}", "INVALID_MESSAGE"),
     ('{"message_type":"status","payload":{"a":' + "[" * 20000 + "]" * 20000 + "}}", "INVALID_MESSAGE"),
-    ('{"message_type":"status","payload":{"a":1e999}}', "INVALID_FIELD_VALUE"),
+    ('{"message_type":"status","payload":{"a":9e999}}', "INVALID_FIELD_VALUE"),
     ('{"message_type":"status","payload":{"a":' + "9" * 5000 + "}}", "INVALID_FIELD_VALUE"),
     ('{"message_type":"reboot"}', "UNKNOWN_MESSAGE_TYPE"),
     ('{"message_type":""}', "UNKNOWN_MESSAGE_TYPE"),
@@ -606,6 +663,7 @@ REFUSED = [
     ('{"message_type":"registration","device_type":""}', "INVALID_FIELD_VALUE"),
     ('{"message_type":"registration","device_type":"' + "x" * 51 + '"}', "INVALID_FIELD_VALUE"),
     ('{"message_type":"registration","device_type":5}', "INVALID_FIELD_TYPE"),
+    ('{"message_type":"registration","device_type":"*"}', "INVALID_FIELD_VALUE"),
     ('{"message_type":"registration","device_type":"ESP32","metadata":[]}', "INVALID_FIELD_TYPE"),
     ('{"message_type":"command_ack"}', "MISSING_REQUIRED_FIELD"),
     ('{"message_type":"command_ack","command_id":5}', "INVALID_FIELD_TYPE"),
@@ -628,6 +686,7 @@ async def test_every_refusal_has_its_code_and_leaves_the_connection_open(databas
             assert error["error_code"] == code, (frame[:80], error)
             assert set(error) == {"message_type", "error_code", "error_message", "error"}
             assert error["error"] == error["error_message"]
+            assert "9e9" not in frame or error["error"] == "the message has a number that is out of range"
             assert "done" not in frame or "one of error, failure, success, timeout" in error["error"]
             assert 5 < len(error["error"]) < 1000  # a board that gets more than 15,360 bytes hangs up
         await board.send(b"\x00\x01")
@@ -752,10 +811,16 @@ async def test_device_ids_of_the_path(database: Path) -> None:
     async with gateway_on(database) as client:
         async with client.board("A-z.0_9" + "x" * 57):
             pass
-        for bad in ("x" * 65, "a%20b", "a%00b", "%C3%BC", "a%0A"):
-            assert (await client.get(f"/ws/{bad}", 400))["error_code"] == "INVALID_FIELD_VALUE"
+        for bad in ("x" * 65, "a%20b", "a%00b", "%C3%BC", "a%0A", "%2E", "%2E%2E"):
+            answer = await client.get(URL(f"http://127.0.0.1:{client.port}/ws/{bad}", encoded=True), 400)
+            assert answer["error_code"] == "INVALID_FIELD_VALUE"
+        async with client.board("..."):
+            pass
         assert (await client.get("/ws/plain_get", 400))["error_code"] == "INVALID_FIELD_VALUE"
-        assert (await client.get("/devices"))["total"] == 1
+        assert (await client.get("/devices"))["total"] == 2
+        for name in (".", ".."):
+            answer = await client.post("/command", {"device_id": name, "command_name": "x"}, 400)
+            assert "neither . nor .." in answer["error"]
 
 
 # ======================================================================================================================
@@ -764,17 +829,22 @@ async def test_device_ids_of_the_path(database: Path) -> None:
 
 
 @in_a_loop
-async def test_row_is_committed_before_the_first_frame_leaves(database: Path) -> None:
-    async with gateway_on(database, commit_interval_s=3600) as client, client.board("servo_1") as board:
-        for number in range(20):
-            posting = asyncio.create_task(client.post("/command", {"device_type": "ESP32", "command_name": "blink"}))
-            command = await hear(board, "command")
-            assert client.rows("SELECT count(*) FROM command_logs WHERE command_id = ?", command["command_id"]) == [(1,)], (
-                number
-            )
-            answer = await posting
-            assert answer["status"] == "sent"
-            assert "persisted" not in answer
+async def test_row_is_committed_as_created_before_the_first_frame_leaves(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    send = amhrpd.DeviceSocket.send
+
+    def watched(self: amhrpd.DeviceSocket, frames: bytes) -> bool:
+        found.extend(rows_of(database, "SELECT status, command_name FROM command_logs ORDER BY rowid DESC LIMIT 1"))
+        return send(self, frames)
+
+    async with gateway_on(database, commit_interval_s=3600) as client, client.board("a"), client.board("b"):
+        monkeypatch.setattr(amhrpd.DeviceSocket, "send", watched)
+        for number in range(10):
+            answer = await client.post(f"/command?device_type=ESP32&command_name={number}")
+            assert (answer["status"], answer.get("persisted")) == ("sent", None)
+            assert found[-2:] == [("created", str(number))] * 2
 
 
 @in_a_loop
@@ -910,6 +980,28 @@ async def test_commands_to_all_and_to_several(database: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("is_stalled", [False, True], ids=["disk is quick", "disk stalls"])
+@in_a_loop
+async def test_what_comes_first_leaves_first(database: Path, monkeypatch: pytest.MonkeyPatch, is_stalled: bool) -> None:
+    """For every board, also behind a command to many, and while all wait for their rows."""
+    monkeypatch.setattr(amhrpd.Dispatch, "TURN_TARGETS", 1)  # so that a command to many takes many turns
+    async with gateway_on(database) as client:
+        wires = [await client.wire(f"b{number}") for number in range(12)]
+        await client.get("/command-logs")
+        with disk_that_stalls(database) if is_stalled else contextlib.nullcontext():
+            requests = [
+                amhrpd.CommandRequest(command_name=str(n), **({"device_id": ["b11"]} if n % 2 else {"device_type": "ESP32"}))
+                for n in range(6)
+            ]
+            commands = await asyncio.gather(*map(client.gateway.command, requests))  # at once: HTTP has no order
+            for wire in wires[:-1]:
+                assert [await wire.command() for _ in range(3)] == ["0", "2", "4"]
+            assert [await wires[-1].command() for _ in range(6)] == ["0", "1", "2", "3", "4", "5"]
+            assert [command.is_persisted for command in commands] == [not is_stalled] * 6
+        for wire in wires:
+            await wire.close()
+
+
 @in_a_loop
 async def test_no_devices_says_which_there_are(database: Path) -> None:
     async with gateway_on(database) as client:
@@ -935,6 +1027,19 @@ def driving(after: float, *device_ids: str, stop: str = "stop") -> dict[str, Any
     return {"device_id": list(device_ids), "command_name": "forward", "payload": {"speed": 80}, "deadman": deadman}
 
 
+async def due_at(client: Client, device_id: str) -> Any:
+    return (await client.get(f"/devices/{device_id}"))["deadman_at"]
+
+
+async def is_disarmed(client: Client, device_id: str) -> bool:
+    return await due_at(client, device_id) is None
+
+
+def armed(database: Path) -> list[Any]:
+    """The deadmen that would outlast a crash."""
+    return rows_of(database, "SELECT device_id, command_name, payload FROM amhrpd_deadmen ORDER BY device_id")
+
+
 async def commands_heard(board: ClientConnection, heard: list[tuple[str, float]]) -> None:
     """Note the commands that come and when."""
     async for frame in board:
@@ -950,8 +1055,8 @@ async def test_deadman_fires_once_for_all_that_are_due(database: Path) -> None:
             answer = await client.post("/command", driving(0.3, "a", "b"))
             sent_s = time.monotonic()
             assert answer["deadman"] == {"after": 0.3, "command_name": "stop", "payload": {"hard": True}}
-            due_at = datetime.fromisoformat((await client.get("/devices/a"))["deadman_at"])
-            assert timedelta(0) < due_at - amhrpd.utc_now() < timedelta(seconds=0.3)
+            due = datetime.fromisoformat(await due_at(client, "a"))
+            assert timedelta(0) < due - amhrpd.utc_now() < timedelta(seconds=0.3)
             frames = []
             for board in (a, b):
                 assert (await hear(board, "command"))["command_name"] == "forward"
@@ -959,7 +1064,7 @@ async def test_deadman_fires_once_for_all_that_are_due(database: Path) -> None:
                 assert 0.2 < time.monotonic() - sent_s < 0.5
             assert frames[0] == frames[1]
             assert (frames[0]["command_name"], frames[0]["payload"]) == ("stop", {"hard": True})
-            assert (await client.get("/devices/a"))["deadman_at"] is None
+            await eventually(lambda: is_disarmed(client, "a"))  # its pong showed that it has arrived
             row = await client.get(f"/command-logs/{frames[0]['command_id']}")
             assert (row["command_name"], row["target_device_count"], row["status"]) == ("stop", 2, "sent")
             await say(a, "command_ack", command_id=row["command_id"])
@@ -969,19 +1074,74 @@ async def test_deadman_fires_once_for_all_that_are_due(database: Path) -> None:
 
 
 @in_a_loop
-async def test_any_command_that_reaches_a_device_disarms_its_deadman(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b:
-        heard_a: list[tuple[str, float]] = []
-        heard_b: list[tuple[str, float]] = []
-        async with background(commands_heard(a, heard_a), commands_heard(b, heard_b)):
-            for _ in range(5):  # a caller that repeats itself keeps them going
-                await client.post("/command", driving(0.3, "a", "b"))
-                await asyncio.sleep(0.1)
-            await client.post("/command?device_id=a&command_name=beep")
-            assert (await client.get("/devices/a"))["deadman_at"] is None
-            await eventually(lambda: "stop" in dict(heard_b))
-            assert [name for name, _ in heard_b] == ["forward"] * 5 + ["stop"]
-            assert [name for name, _ in heard_a] == ["forward"] * 5 + ["beep"]
+async def test_what_others_send_leaves_a_deadman_armed_and_due_when_it_was(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        heard: list[tuple[str, float]] = []
+        async with background(commands_heard(board, heard)):
+            await client.post("/command", driving(0.5, "a"))
+            due = await due_at(client, "a")
+            for target, name in (("device_id=a", "blink"), ("device_type=*", "get_status")):
+                answer = await client.post(f"/command?{target}&command_name={name}")
+                await say(board, "command_ack", command_id=answer["command_id"])
+                await eventually(lambda: row_has(client, f"/command-logs/{answer['command_id']}", status="ack_success"))  # noqa: B023
+                assert await due_at(client, "a") == due
+            await eventually(lambda: len(heard) == 4)
+            (_, driven_s), *_, (_, stopped_s) = heard
+            assert [name for name, _ in heard] == ["forward", "blink", "get_status", "stop"]
+            assert 0.45 < stopped_s - driven_s < 0.7
+
+
+@in_a_loop
+async def test_command_with_a_deadman_of_its_own_takes_its_place_at_once(database: Path) -> None:
+    """On a radio on which nothing comes back: a caller that repeats in time doesn't stumble."""
+    async with gateway_on(database) as client:
+        wire = await client.wire("a")
+        for _ in range(4):
+            driven_s = time.monotonic()
+            await client.post("/command", driving(0.4, "a"))
+            await asyncio.sleep(0.2)
+        assert [await wire.command() for _ in range(5)] == ["forward"] * 4 + ["stop"]
+        assert time.monotonic() - driven_s > 0.35
+        _, proof = await wire.receive()
+        await client.post("/command", driving(60, "a", stop="halt"))
+        due = await due_at(client, "a")
+        wire.send(proof, 10)  # the stop before it has arrived, which disarms that one alone
+        wire.send('{"message_type":"alert","alert_type":"is","message":"heard"}')
+        await eventually(lambda: alert_says(client, "a", "heard"))
+        assert await due_at(client, "a") == due
+        await client.get("/command-logs")
+        assert armed(database) == [("a", "halt", '{"hard":true}')]
+        await wire.close()
+
+
+@in_a_loop
+async def test_stop_disarms_when_it_has_arrived(database: Path) -> None:
+    async with gateway_on(database) as client:
+        wire = await client.wire("a")
+        for shown_by in ("its pong", "its acknowledgement", "nothing"):
+            driven = await client.post("/command", driving(0.6 if shown_by == "nothing" else 60, "a"))
+            due = await due_at(client, "a")
+            stop = await client.post("/command?device_id=a&command_name=stop")
+            assert [await wire.command() for _ in range(2)] == ["forward", "stop"]
+            opcode, proof = await wire.receive()
+            assert opcode == 0x89
+            wire.send("", 10)
+            wire.send(json.dumps({"message_type": "command_ack", "command_id": driven["command_id"]}))
+            wire.send(json.dumps({"message_type": "alert", "alert_type": "of", "message": shown_by}))
+            await eventually(lambda: alert_says(client, "a", shown_by))  # noqa: B023 - awaited at once
+            assert await due_at(client, "a") == due  # all that says nothing of the stop
+            if shown_by == "its pong":
+                wire.send(proof, 10)
+            elif shown_by == "its acknowledgement":
+                wire.send(json.dumps({"message_type": "command_ack", "command_id": stop["command_id"]}))
+            else:
+                break
+            await eventually(lambda: is_disarmed(client, "a"))
+        wire.reset()
+        await eventually(lambda: not_online(client, "a"))
+        wire = await client.wire("a")
+        assert await wire.command() == "stop"  # the one before went into a dead connection
+        await wire.close()
 
 
 @in_a_loop
@@ -1010,46 +1170,110 @@ async def test_bad_deadman_is_refused_whole(database: Path) -> None:
 @in_a_loop
 async def test_deadman_follows_a_device_to_its_next_connection(database: Path) -> None:
     async with gateway_on(database) as client:
-        async with client.board("a") as first, client.board("b"), client.board("c"):
-            await client.post("/command", driving(0.4, "a", "b", "c"))
+        async with client.board("a") as first:
+            await client.post("/command", driving(0.4, "a"))
             async with client.board("a") as second:  # took over before it is due
                 assert await closed_with(first) == 4000
                 assert (await hear(second, "command"))["command_name"] == "stop"
-        await eventually(lambda: row_has(client, "/devices/b", is_online=False))
-        assert (await client.get("/devices/b"))["deadman_at"] is None  # it had its stop
-        async with client.board("b"), client.board("c"):
-            await client.post("/command", driving(0.2, "b", "c"))
-        await eventually(lambda: not_online(client, "b"))
-        await eventually(lambda: not_online(client, "c"))
-        due_at = datetime.fromisoformat((await client.get("/devices/b"))["deadman_at"])
-        await eventually(lambda: amhrpd.utc_now() > due_at)
-        async with client.board("b") as board:  # was offline when it was due: the first thing that it hears
-            await client.post("/command?device_id=b&command_name=beep")
+                await eventually(lambda: is_disarmed(client, "a"))
+                await client.post("/command", driving(0.2, "a"))
+        await eventually(lambda: not_online(client, "a"))
+        due = datetime.fromisoformat(await due_at(client, "a"))
+        await eventually(lambda: amhrpd.utc_now() > due)
+        async with client.board("a") as board:  # was offline when it was due: the first thing that it hears
+            await client.post("/command?device_id=a&command_name=beep")
             assert [(await hear(board, "command"))["command_name"] for _ in range(2)] == ["stop", "beep"]
-            await client.post("/command", driving(0.2, "b"))
-            assert [(await hear(board, "command"))["command_name"] for _ in range(2)] == ["forward", "stop"]
-            board.transport.abort()
-        await eventually(lambda: not_online(client, "b"))
-        async with client.board("b") as board:  # it said nothing after its stop: perhaps that connection was dead
-            assert (await hear(board, "command"))["command_name"] == "stop"
-            await say(board, "status", payload={"stopped": True})
-            await eventually(lambda: state_is(client, "b", {"stopped": True}))
-        async with client.board("b") as board:
-            await client.post("/command?device_id=b&command_name=beep")
-            assert (await hear(board, "command"))["command_name"] == "beep"
+            await eventually(lambda: is_disarmed(client, "a"))
 
 
 @in_a_loop
-async def test_deadman_that_a_polite_board_may_not_have_read_is_sent_again(database: Path) -> None:
+async def test_stop_that_fired_is_sent_again_until_it_has_arrived(database: Path) -> None:
+    """Whatever else the board says, and however its connection ends."""
     async with gateway_on(database) as client:
         wire = await client.wire("a")
-        await client.post("/command", driving(0.2, "a"))
-        assert [json.loads((await wire.receive())[1])["command_name"] for _ in range(2)] == ["forward", "stop"]
-        wire.send(struct.pack("!H", 1000), 8)  # all that it says after that
-        await eventually(lambda: not_online(client, "a"))
+        driven = await client.post("/command", driving(0.2, "a"))
+        assert await wire.command() == "forward"
+        for end in ("reset", "closed", "taken over"):
+            assert await wire.command() == "stop"
+            wire.send("", 10)
+            wire.send(json.dumps({"message_type": "command_ack", "command_id": driven["command_id"]}))
+            wire.send(json.dumps({"message_type": "alert", "alert_type": "has", "message": end}))  # with the stop unread
+            await eventually(lambda: alert_says(client, "a", end))  # noqa: B023 - awaited at once
+            if end == "reset":
+                wire.reset()
+            elif end == "closed":
+                wire.send(struct.pack("!H", 1000), 8)
+            if end != "taken over":
+                await eventually(lambda: not_online(client, "a"))
+            assert not await is_disarmed(client, "a")
+            assert armed(database) == [("a", "stop", '{"hard":true}')]
+            wire = await client.wire("a")
+        assert await wire.command() == "stop"
+        _, proof = await wire.receive()
+        wire.send(proof, 10)
+        await eventually(lambda: is_disarmed(client, "a"))
+        await eventually(lambda: armed(database) == [])
         await wire.close()
         async with client.board("a") as board:
-            assert (await hear(board, "command"))["command_name"] == "stop"
+            await client.post("/command?device_id=a&command_name=beep")
+            assert (await hear(board, "command"))["command_name"] == "beep"
+
+
+@contextlib.contextmanager
+def committed() -> Iterator[list[list[str]]]:
+    """The statements of each transaction that the daemon's writer commits meanwhile."""
+    transactions: list[list[str]] = [[]]
+
+    def note(connection: sa.Connection, *of_statement: Any) -> None:
+        if threading.current_thread().name.startswith("store-writer"):
+            transactions[-1].append(of_statement[1])
+
+    def end(_: sa.Connection) -> None:
+        if threading.current_thread().name.startswith("store-writer"):
+            transactions.append([])
+
+    events: dict[str, Callable[..., None]] = {"before_cursor_execute": note, "commit": end}
+    for name, listener in events.items():
+        sa.event.listen(sa.Engine, name, listener)
+    try:
+        yield transactions
+    finally:
+        for name, listener in events.items():
+            sa.event.remove(sa.Engine, name, listener)
+
+
+@in_a_loop
+async def test_deadmen_are_rows_and_cost_no_commit_of_their_own(database: Path) -> None:
+    async with gateway_on(database, commit_interval_s=3600) as client:
+        wire = await client.wire("a")
+        await client.get("/command-logs")
+        with committed() as transactions:
+            await client.post("/command", driving(60, "a"))
+            assert armed(database) == [("a", "stop", '{"hard":true}')]
+            stop = await client.post("/command?device_id=a&command_name=stop")
+            assert armed(database) == [("a", "stop", '{"hard":true}')]
+            wire.send(json.dumps({"message_type": "command_ack", "command_id": stop["command_id"]}))
+            await eventually(lambda: armed(database) == [])
+        of_deadmen = [statements for statements in transactions if any("amhrpd_deadmen" in sql for sql in statements)]
+        assert len(of_deadmen) == 2
+        assert all(any("INTO command_logs" in sql for sql in statements) for statements in of_deadmen)
+        await wire.close()
+
+
+@in_a_loop
+async def test_listeners_hear_of_deadmen(database: Path) -> None:
+    async with gateway_on(database) as client:
+        wire = await client.wire("a")
+        async with listening(client, "?event=device") as stream:
+            await client.post("/command", driving(0.5, "a"))
+            heard = await stream.next()
+            assert heard.data["deadman_at"] == await due_at(client, "a") is not None  # armed
+            assert [await wire.command() for _ in range(2)] == ["forward", "stop"]
+            assert (await stream.next()).data["deadman_at"] == heard.data["deadman_at"]  # fired
+            _, proof = await wire.receive()
+            wire.send(proof, 10)
+            assert (await stream.next()).data["deadman_at"] is None  # disarmed
+        await wire.close()
 
 
 @in_a_loop
@@ -1068,6 +1292,7 @@ async def test_armed_deadmen_are_sent_before_the_close_frames_of_a_stop(database
     assert rows_of(database, "SELECT status, target_device_count FROM command_logs WHERE command_name = 'stop'") == [
         ("sent", 19)
     ]
+    assert armed(database) == []
 
 
 @in_a_loop
@@ -1136,28 +1361,142 @@ while True:
             assert [name for name, _ in list_].count("stop") == 1
 
 
+# Lives of the daemon one after the other, one for each line that is read, without the import of each.
+LIVES = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import amhrpd
+while sys.stdin.readline():
+    if (pid := os.fork()) == 0:
+        sys.exit(amhrpd.main([]))
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+"""
+
+
+class Wheel:
+    """A board that has no deadman of its own: it drives until it hears a stop, and connects again and again."""
+
+    def __init__(self, port: int, device_id: str) -> None:
+        self.port = port
+        self.device_id = device_id
+        self.is_driving = False
+        self.waits_since_s: float | None = None  # driving, since it registered again
+        self.slowest_s = 0.0
+
+    async def live(self) -> None:
+        while True:
+            with contextlib.suppress(OSError, websockets.WebSocketException):
+                async with await connect(self.port, self.device_id) as board:
+                    await say(board, "registration", device_type="wheel")
+                    self.waits_since_s = time.monotonic() if self.is_driving else None
+                    async for frame in board:
+                        self.obey(json.loads(frame)["command_name"])
+            await asyncio.sleep(0.02)
+
+    def obey(self, name: str) -> None:
+        if self.waits_since_s is not None:
+            assert name == "stop"
+            self.slowest_s = max(self.slowest_s, time.monotonic() - self.waits_since_s)
+            self.waits_since_s = None
+        self.is_driving = name == "forward"
+
+
+@in_a_loop
+async def test_gateway_that_is_killed_while_it_drives_20_boards(database: Path) -> None:
+    """At 20 random moments: every board that was driven has its stop within two seconds after it registered again."""
+    chance = random.Random(5)
+    port = free_port()
+    environ = {"DATABASE_URL": f"sqlite:///{database}", "AMHRPD_PORT": str(port), "AMHRPD_HOST": "127.0.0.1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    wheels = [Wheel(port, f"wheel_{number}") for number in range(20)]
+    lives = subprocess.Popen([sys.executable, "-c", LIVES], env=os.environ | environ, start_new_session=True, **pipes)
+    assert lives.stdin is not None
+    assert lives.stdout is not None
+    driven = 0
+    try:
+        async with aiohttp.ClientSession() as session, background(*(wheel.live() for wheel in wheels)) as alive:
+            client = Client(port, session, database)
+
+            async def drive() -> None:
+                with contextlib.suppress(aiohttp.ClientError):
+                    while True:
+                        await client.post("/command", driving(1, *(wheel.device_id for wheel in wheels)))
+
+            for life in range(21):
+                lives.stdin.write(b"\n")
+                lives.stdin.flush()
+                pid = int(await asyncio.to_thread(lives.stdout.readline))
+                await eventually(client.is_up)
+                await eventually(lambda: row_has(client, "/health", devices_online=20))
+                await eventually(lambda: not any(wheel.is_driving for wheel in wheels), within_s=2)
+                async with background(drive()):
+                    if life < 20:
+                        await asyncio.sleep(chance.uniform(0.01, 0.2))
+                        os.kill(pid, signal.SIGKILL)
+                        driven += sum(wheel.is_driving for wheel in wheels)
+                    else:
+                        await eventually(lambda: all(wheel.is_driving for wheel in wheels))
+                        os.kill(pid, signal.SIGTERM)
+                        await eventually(lambda: not any(wheel.is_driving for wheel in wheels))
+            lives.stdin.close()
+            await asyncio.to_thread(lives.wait)
+            assert not [task for task in alive if task.done()]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(lives.pid, signal.SIGKILL)
+        lives.wait()
+    assert driven > 100
+    assert max(wheel.slowest_s for wheel in wheels) < 2
+    assert armed(database) == []
+
+
+@in_a_loop
+async def test_stop_that_was_sent_before_a_deadman_was_armed_disarms_nothing(database: Path) -> None:
+    async with gateway_on(database) as client:
+        wire = await client.wire("a")
+        await client.post("/command", driving(60, "a"))
+        stop = await client.post("/command?device_id=a&command_name=stop")
+        await client.post("/command", driving(60, "a"))  # goes on: what stopped it before is no stop of this
+        due = await due_at(client, "a")
+        assert [await wire.command() for _ in range(3)] == ["forward", "stop", "forward"]
+        wire.send(json.dumps({"message_type": "command_ack", "command_id": stop["command_id"]}))
+        await eventually(lambda: row_has(client, f"/command-logs/{stop['command_id']}", status="ack_success"))
+        assert await due_at(client, "a") == due
+        await wire.close()
+
+
+@in_a_loop
+async def test_stop_of_the_gateway_keeps_the_deadmen_of_those_that_it_did_not_reach(database: Path) -> None:
+    """The echo of the close frame shows that a board has read its stop; one that is gone gets it after the next start."""
+    async with gateway_on(database) as client:
+        echoing, gone = await client.wire("a"), await client.wire("b")
+        await client.post("/command", driving(60, "a", "b"))
+        async with background(client.gateway.stop()) as (stop,):
+            for wire in (echoing, gone):
+                assert [await wire.command() for _ in range(2)] == ["forward", "stop"]
+            gone.reset()
+            opcode = 0
+            while opcode != 0x88:
+                opcode, payload = await echoing.receive()
+            echoing.send(payload, 8)
+            await stop
+    assert armed(database) == [("b", "stop", '{"hard":true}')]
+
+
 # -- alerts ------------------------------------------------------------------------------------------------------------
 
 
 @in_a_loop
-async def test_alerts_are_seen_by_who_waits_and_in_the_device_record(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("wheel") as wheel, client.board("other") as other:
-        asked = asyncio.create_task(client.post("/command?wait=1", {"device_id": "wheel", "command_name": "forward"}))
-        await hear(wheel, "command")
-        await say(other, "alert", alert_type="collision", message="not a target")
+async def test_latest_alert_is_in_the_device_record(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("wheel") as wheel:
         await say(wheel, "alert", alert_type="obstacle", message="wheels are locked")
+        await eventually(lambda: alert_says(client, "wheel", "wheels are locked"))
         await say(wheel, "error", error_code="STALL", error_message="left motor")
-        answer = await asked
-        assert answer["status"] == "sent"
-        assert [(alert["device_id"], alert["kind"], alert["type"], alert["message"]) for alert in answer["alerts"]] == [
-            ("wheel", "alert", "obstacle", "wheels are locked"),
-            ("wheel", "error", "STALL", "left motor"),
-        ]
-        assert all(TIME.fullmatch(alert["timestamp"]) for alert in answer["alerts"])
-        latest = (await client.get("/devices/wheel"))["alert"]
-        assert {**latest, "timestamp": ""} == {"kind": "error", "type": "STALL", "message": "left motor", "timestamp": ""}
-        assert (await client.get("/devices/other"))["alert"]["kind"] == "alert"
-        assert (await client.post("/command?wait=0.1", {"device_id": "wheel", "command_name": "x"}))["alerts"] == []
+        await eventually(lambda: alert_says(client, "wheel", "left motor"))
+        alert = await alert_of(client, "wheel")
+        assert TIME.fullmatch(alert.pop("timestamp"))
+        assert alert == {"kind": "error", "type": "STALL", "message": "left motor"}
 
 
 # -- forgetting --------------------------------------------------------------------------------------------------------
@@ -1165,7 +1504,7 @@ async def test_alerts_are_seen_by_who_waits_and_in_the_device_record(database: P
 
 @in_a_loop
 async def test_device_is_forgotten_whole(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 10)
+    monkeypatch.setattr(amhrpd.Store, "ROWS_DELETED_AT_ONCE", 10)
     async with gateway_on(database) as client:
         async with client.board("a") as a, client.board("b") as b:
             for board in (a, b):
@@ -1198,7 +1537,7 @@ async def test_device_is_forgotten_whole(database: Path, monkeypatch: pytest.Mon
 
 
 @in_a_loop
-async def test_device_is_not_forgotten_while_something_of_it_waits(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_device_is_not_forgotten_while_nothing_can_be_written(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Store, "READ_TIMEOUT_S", 0.3)
     async with gateway_on(database) as client:
         async with client.board("a"):
@@ -1212,6 +1551,7 @@ async def test_device_is_not_forgotten_while_something_of_it_waits(database: Pat
             await eventually(lambda: not_online(client, "a"))
             status, answer = await client.ask("DELETE", "/devices/a")
             assert (status, answer["error_code"]) == (503, "STORE_UNAVAILABLE")
+            assert await state_is(client, "a", {"n": 1})  # still known
         await eventually(lambda: row_has(client, "/health", status="ok", rows_waiting=0))
         deleted = {"device_id": "a", "deleted": {"snapshots": 1, "events": 4}}
         assert await client.ask("DELETE", "/devices/a") == (200, deleted)
@@ -1219,104 +1559,69 @@ async def test_device_is_not_forgotten_while_something_of_it_waits(database: Pat
 
 
 @in_a_loop
-async def test_device_that_came_and_went_while_its_deletion_waited_is_gone_whole(
+async def test_device_that_comes_back_while_it_is_forgotten_is_new_and_keeps_its_stop(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for limit in ("BATCH_BYTES", "BESIDE_COMMANDS_BYTES"):
-        monkeypatch.setattr(amhrpd.Backlog, limit, 1)  # a snapshot
+    execute, begun, may_go_on = amhrpd.Database.execute, threading.Event(), threading.Event()
+
+    def wait(self: amhrpd.Database, statement: str, *args: Any) -> int:
+        if "DELETE FROM" in statement:
+            begun.set()
+            may_go_on.wait(PATIENCE_S)
+        return execute(self, statement, *args)
+
     async with gateway_on(database) as client:
-        flush, waits = client.store.flush, asyncio.Event()
-
-        async def noted_flush() -> bool:
-            waits.set()
-            return await flush()
-
-        async with client.board("a"):
-            pass
-        await eventually(lambda: not_online(client, "a"))
-        await client.get("/state-history/a")
-        monkeypatch.setattr(client.store, "flush", noted_flush)
-        with disk_that_stalls(database):
-            await client.post("/command?device_type=none&command_name=x")  # is being written, so that the rest waits behind it
-            asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
-            await waits.wait()
-            async with client.board("a") as board:
-                for number in range(20):
-                    await say(board, "status", payload={"n": number})
-                await eventually(lambda: state_is(client, "a", {"n": 19}))
-            await eventually(lambda: not_online(client, "a"))
-            assert not asked.done()
-        assert await asked == (200, {"device_id": "a", "deleted": {"snapshots": 20, "events": 4}})
-        assert (await client.get("/health"))["rows_waiting"] == 0
-        for table in ("devices", "device_state_snapshots", "device_connection_logs"):
-            assert client.rows(f"SELECT * FROM {table}") == []
-
-
-@in_a_loop
-async def test_device_that_is_being_forgotten_is_not_looked_up_in_the_file(
-    database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await fill(database, 500)
-    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 1)
-    monkeypatch.setattr(amhrpd, "RESTORED_DEVICES", 1)  # so there may be others that only the file knows
-    async with gateway_on(database) as client:
-        asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
-        await eventually(lambda: client.rows("SELECT count(*) FROM device_state_snapshots")[0][0] < 490)
-        await client.get("/devices/a", 404)
-        assert not asked.done()
-        assert (await asked)[0] == 200
-        await client.get("/devices/a", 404)
-
-
-@in_a_loop
-async def test_device_that_comes_back_while_it_is_forgotten_is_there(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 1)
-    async with gateway_on(database) as client:
-        async with client.board("a") as board:
-            for number in range(1000):
-                await say(board, "status", payload={"n": number})
-            await eventually(lambda: state_is(client, "a", {"n": 999}))
-        await eventually(lambda: not_online(client, "a"))
-        await client.get("/state-history/a")
-        async with listening(client, "?event=device") as stream:
-            asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
-            await eventually(lambda: client.rows("SELECT count(*) FROM device_state_snapshots")[0][0] < 990)
-            assert (await client.ask("DELETE", "/devices/a"))[0] == 404
-            async with client.board("a"):
-                status, answer = await asked
-                assert (status, answer["error_code"]) == (409, "DEVICE_ONLINE")
-                assert (await stream.next("device")).data["is_online"]
-                assert await client.is_online("a")
-            assert (await stream.next("device")).data["is_online"] is False
-
-
-@in_a_loop
-async def test_device_that_comes_back_while_it_is_forgotten_keeps_its_deadman_and_metadata(
-    database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 1)
-    async with gateway_on(database) as client:
-        async with client.board("a", metadata={"name": "it is a"}) as board:
-            for number in range(1000):
-                await say(board, "status", payload={"n": number})
-            await eventually(lambda: state_is(client, "a", {"n": 999}))
-            await client.post("/command", driving(0.5, "a"))
+        async with client.board("a", metadata={"name": "the old a"}) as board:
+            for n in range(50):
+                await say(board, "status", payload={"n": n})
+            await client.post("/command", driving(0.3, "a"))
             await hear(board, "command")
             board.transport.abort()
         await eventually(lambda: not_online(client, "a"))
-        await client.get("/state-history/a")
-        asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
-        await eventually(lambda: client.rows("SELECT count(*) FROM device_state_snapshots")[0][0] < 990)
-        async with client.board("a", None) as board:
-            await say(board, "heartbeat", device_type="ESP32")
-            assert (await hear(board, "command"))["command_name"] == "stop"
-            assert (await asked)[0] == 409
-            assert (await client.get("/devices/a"))["metadata"] == {"name": "it is a"}
+        async with listening(client, "?event=device") as stream:
+            monkeypatch.setattr(amhrpd.Database, "execute", wait)
+            asked = asyncio.create_task(client.ask("DELETE", "/devices/a"))
+            await eventually(begun.is_set)
+            async with client.board("a", None) as board:
+                await say(board, "status", device_type="new", payload={"is": "new"})
+                assert (await hear(board, "command"))["command_name"] == "stop"
+                assert (await client.get("/devices/a"))["metadata"] == {}
+                assert not asked.done()
+                may_go_on.set()
+                assert await asked == (200, {"device_id": "a", "deleted": {"snapshots": 50, "events": 2}})
+                (state,) = (await client.get("/state-history/a"))["states"]
+                assert (state["state_data"], state["device_type"]) == ({"is": "new"}, "new")
+                assert await client.events("a") == ["connected"]
+            while (heard := await stream.next()).data["is_online"]:
+                assert heard.data["device_type"] == "new"  # nobody was told that it was deleted
+        assert client.rows("SELECT metadata_json FROM devices") == [("{}",)]
+
+
+@in_a_loop
+async def test_device_that_is_forgotten_keeps_its_stop(database: Path) -> None:
+    async with process_on(database) as (process, client):
+        for end in (b"the same run", b"the next one"):
+            async with client.board("a") as board:
+                await client.post("/command", driving(0.2, "a"))
+                assert (await hear(board, "command"))["command_name"] == "forward"
+                board.transport.abort()
+            await eventually(lambda: not_online(client, "a"))
+            assert (await client.ask("DELETE", "/devices/a"))[0] == 200
+            await client.get("/devices/a", 404)
+            assert armed(database) == [("a", "stop", '{"hard":true}')]
+            if end == b"the same run":
+                async with client.board("a") as board:
+                    assert (await hear(board, "command"))["command_name"] == "stop"
+                    await eventually(lambda: is_disarmed(client, "a"))
+        process.popen.kill()
+        await process.exit_code()
+    async with gateway_on(database) as client, client.board("a") as board:
+        assert (await hear(board, "command"))["command_name"] == "stop"
 
 
 @in_a_loop
 async def test_forgetting_that_is_cut_short_leaves_a_device_known_or_gone_whole(database: Path) -> None:
-    slow = "import amhrpd, sys\namhrpd.Database.DELETED_AT_ONCE = 1\nsys.argv = ['amhrpd.py']\nsys.exit(amhrpd.main())"
+    slow = "import amhrpd, sys\namhrpd.Store.ROWS_DELETED_AT_ONCE = 1\nsys.argv = ['amhrpd.py']\nsys.exit(amhrpd.main())"
     async with process_on(database, code=slow) as (process, client):
         async with client.board("a") as board:
             for number in range(3000):
@@ -1479,7 +1784,10 @@ async def test_connection_history_says_when_who_and_why(database: Path) -> None:
 
 
 @in_a_loop
-async def test_newest_connection_wins_at_once_and_history_stays_balanced(database: Path) -> None:
+async def test_newest_connection_wins_at_once_and_history_stays_balanced(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd.Registry, "TAKEOVER_WRITTEN_AFTER_S", 0.0)
     async with gateway_on(database) as client, client.board("servo_1") as first:
         looks: list[bool] = []
 
@@ -1528,7 +1836,7 @@ async def test_what_arrives_on_a_replaced_connection_counts_for_nothing(database
         await eventually(lambda: not_online(client, "servo_1"))
         assert (await client.get("/state-history/servo_1"))["total"] == 1
         assert (await client.get("/devices/servo_1"))["device_type"] == "ESP32"
-        assert await client.events("servo_1") == ["connected", "disconnected", "connected", "disconnected"]
+        assert await client.events("servo_1") == ["connected", "disconnected"]
 
 
 @in_a_loop
@@ -1545,22 +1853,24 @@ async def test_older_connection_that_registers_late_does_not_take_over(database:
 
 
 @in_a_loop
-async def test_two_boards_with_one_id_do_not_fill_the_history(database: Path) -> None:
-    async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
-        wires = []
-        for _ in range(16):  # 15 takeovers
-            wires.append(wire := await Wire.connect(client.port, "twin"))
-            stack.push_async_callback(wire.close)
-            wire.send(REGISTRATION)
-            wire.send('{"message_type":"reboot"}')
-            while b"UNKNOWN_MESSAGE_TYPE" not in (await wire.receive())[1]:
-                pass
-        wires[-1].writer.close()
-        await eventually(lambda: not_online(client, "twin"))
-        history = (await client.get("/device-connection-history/twin"))["events"]
-        assert [event["event"] for event in history] == ["disconnected", "connected"] * 10
-        assert history[0]["details"]["takeovers"] == 6  # from the tenth on
-        assert all("takeovers" not in event["details"] for event in history[1:])
+async def test_two_boards_with_one_id_do_not_fill_the_history(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A takeover within five seconds of the connection that it replaces is not written, and the rest stays in balance."""
+    with logged() as events:
+        async with gateway_on(database) as client:
+            for number in range(12):
+                if number == 10:
+                    monkeypatch.setattr(amhrpd.Registry, "TAKEOVER_WRITTEN_AFTER_S", 0.0)
+                wire = await Wire.connect(client.port, "twin")
+                wire.send(REGISTRATION)
+                wire.send('{"message_type":"reboot"}')
+                while b"UNKNOWN_MESSAGE_TYPE" not in (await wire.receive())[1]:
+                    pass
+                if number == 9:
+                    assert await client.events("twin") == ["connected"]
+            wire.reset()
+            await eventually(lambda: not_online(client, "twin"))
+            assert await client.events("twin") == ["connected", "disconnected"] * 3
+    assert {event["device_id"] for event in named(events, "takeovers_not_written")} == {"twin"}
 
 
 @in_a_loop
@@ -1679,9 +1989,7 @@ async def test_connection_that_is_reset_was_lost_and_is_no_defect(database: Path
             for _ in range(5):
                 wire = await client.wire("cam_1")
                 wire.writer.write(Wire.frame(b"", opcode=9) * 200)  # whose answers find nobody
-                raw = wire.writer.get_extra_info("socket")
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                wire.writer.transport.abort()
+                wire.reset()
                 await eventually(lambda: not_online(client, "cam_1"))
                 details = (await client.get("/device-connection-history/cam_1?limit=1"))["events"][0]["details"]
                 assert (details["code"], details["reason"]) == (None, "the connection was lost")
@@ -1910,8 +2218,8 @@ async def test_both_forms_of_a_command_and_all_ways_to_get_it_wrong(database: Pa
 
 
 @in_a_loop
-async def test_history_is_newest_first_by_what_happened_last(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where rows share a microsecond, and where the clock jumps back (a Pi without a clock battery)."""
+async def test_history_is_newest_first_by_time_and_then_by_id(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that was wrong (a Pi without a clock battery) leaves its rows where their times say."""
     start = datetime(2026, 1, 24, 10, 30, 45, 123456)
     jumps = [0, 0, 0, 3600, -86400 * 365, -86400 * 365, 5]
     async with gateway_on(database) as client, client.board("a") as board:
@@ -1920,25 +2228,28 @@ async def test_history_is_newest_first_by_what_happened_last(database: Path, mon
             await say(board, "status", payload={"n": number})
             await eventually(lambda number=number: state_is(client, "a", {"n": number}))  # type: ignore[misc]
             await client.post("/command?device_type=none&command_name=x", {"n": number})
-        numbers = [len(jumps) - 1 - n for n in range(len(jumps))]
         states = (await client.get("/state-history/a"))["states"]
-        assert [state["state_data"]["n"] for state in states] == numbers
-        assert states[-1]["timestamp"] == "2026-01-24T10:30:45.123456"
-        assert [row["payload"]["n"] for row in (await client.get("/command-logs"))["logs"]] == numbers
+        assert [state["state_data"]["n"] for state in states] == [3, 6, 2, 1, 0, 5, 4]
+        assert states[2]["timestamp"] == "2026-01-24T10:30:45.123456"
+        logs = (await client.get("/command-logs"))["logs"]
+        assert [row["payload"]["n"] for row in logs] == [3, 6, 2, 1, 0, 5, 4]
 
         async def found(**query: str) -> list[int]:
             return [s["state_data"]["n"] for s in (await client.get("/state-history/a", params=query))["states"]]
 
-        assert await found(limit="2") == [6, 5]
-        assert await found(limit="2", before_id=str(states[1]["id"])) == [4, 3]
-        assert await found(since="2026-01-24T10:30:45.123457") == [6, 3]
+        assert await found(limit="2") == [3, 6]
+        assert await found(limit="2", before_id=str(states[1]["id"])) == [2, 1]
+        assert await found(limit="2", before_id=str(states[3]["id"])) == [0, 5]
+        assert await found(since="2026-01-24T10:30:45.123457") == [3, 6]
         assert await found(since="2026-01-24T10:30:45.123456", until="2026-01-24T10:30:45.123456") == [2, 1, 0]
-        assert await found(since="2026-01-24T11:30:45.123457+01:00") == [6, 3]
-        assert await found(since="2026-01-24T11:30:45.123457 01:00") == [6, 3]  # a + that nobody escaped
-        assert await found(since="2026-01-24T10:30:46Z") == [6, 3]
+        assert await found(since="2026-01-24T11:30:45.123457+01:00") == [3, 6]
+        assert await found(since="2026-01-24T11:30:45.123457 01:00") == [3, 6]  # a + that nobody escaped
+        assert await found(since="2026-01-24T10:30:46Z") == [3, 6]
         assert await found(until="2025-12-31") == [5, 4]
-        logs = await client.get("/command-logs?since=2026-01-24T10:30:46&until=2026-01-24T10:30:51")
-        assert [row["payload"]["n"] for row in logs["logs"]] == [6]
+        between = await client.get("/command-logs?since=2026-01-24T10:30:46&until=2026-01-24T10:30:51")
+        assert [row["payload"]["n"] for row in between["logs"]] == [6]
+        behind = await client.get(f"/command-logs?before_id={logs[3]['command_id']}")
+        assert [row["payload"]["n"] for row in behind["logs"]] == [0, 5, 4]
 
 
 @in_a_loop
@@ -1950,11 +2261,11 @@ async def test_clock_jumps_disturb_no_timeout(database: Path, monkeypatch: pytes
         for days in (400, -400):
             monkeypatch.setattr(time, "time", lambda days=days: real_time() + 86400 * days)
             monkeypatch.setattr(amhrpd, "utc_now", lambda days=days: real_now() + timedelta(days=days))
-            await client.gateway.sweep(1.0)
+            client.gateway.sweep(1.0)
             await say(board, "status", payload={"days": days})
             await eventually(lambda days=days: state_is(client, "a", {"days": days}))  # type: ignore[misc]
         assert await client.is_online("a")
-        await row_has(client, f"/command-logs/{answer['command_id']}", status="sent")
+        assert await row_has(client, f"/command-logs/{answer['command_id']}", status="sent")
         assert (await client.get("/health"))["uptime_seconds"] < 60
 
 
@@ -2021,6 +2332,10 @@ async def test_states_as_csv_have_a_column_for_each_key_and_no_formula(database:
             "\uff0b1",
             "\uff0d1",
             "\uff20a",
+            "a;=1+1",
+            "a\t+a",
+            "a;-5\t7",
+            "a;b",
         ]
         await say(board, "status", payload={f"k{number}": text for number, text in enumerate(texts)} | {"=key": 1})
         await say(board, "status", payload={"timestamp": "mine", "other": 7, "t": 3})
@@ -2034,7 +2349,7 @@ async def test_states_as_csv_have_a_column_for_each_key_and_no_formula(database:
             "'+1+1",
             "'-a",
             "'@a",
-            "'\t=a",
+            "'\t'=a",
             "'\r=a",
             "-5.25",
             'a,"b"\nc',
@@ -2044,11 +2359,18 @@ async def test_states_as_csv_have_a_column_for_each_key_and_no_formula(database:
             "'\uff0b1",
             "'\uff0d1",
             "'\uff20a",
+            "a;'=1+1",  # some spreadsheets split here
+            "a\t'+a",
+            "a;-5\t7",
+            "a;b",
         ]
         assert [formulas[f"k{number}"] for number in range(len(texts))] == shown
         assert (oldest["t"], oldest["gps"], oldest["on"], oldest["off"]) == ("-4.5", '{"lat":1,"on":[true,null]}', "true", "")
         assert (newest["t"], json.loads(newest["other"])) == ("3", {"timestamp": "mine", "other": 7})
         assert all(TIME.fullmatch(line[0]) for line in lines[1:])
+        async with client.session.get(f"http://127.0.0.1:{client.port}/state-history/a?format=csv") as response:
+            text = await response.text()
+        assert ('"a;\'=1+1"' in text, '"a;b"' in text, '"a\t\'+a"' in text) == (True, True, True)
         await client.get("/state-history/never?format=csv", 404)
         for wrong in ("limit=100001&format=csv", "limit=1001", "limit=1001&format=json", "format=xml"):
             assert "must be" in (await client.get(f"/state-history/a?{wrong}", 400))["error"]
@@ -2086,15 +2408,39 @@ async def test_csv_goes_through_pages_that_new_rows_do_not_shift(database: Path,
 
 
 @in_a_loop
-async def test_columns_of_a_download_are_those_of_all_its_first_rows(database: Path) -> None:
+async def test_table_for_people_opens_in_a_spreadsheet(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("küche".encode().hex()) as board:
+        device_id = "küche".encode().hex()
+        await say(board, "status", payload={"room": "Küche", "n": 1.5})
+        await eventually(lambda: state_is(client, device_id, {"room": "Küche", "n": 1.5}))
+        lines, _ = await csv_of(client, f"/state-history/{device_id}?format=excel")
+        moment = (await client.get(f"/state-history/{device_id}"))["states"][0]["timestamp"]
+        assert lines == [["\ufefftimestamp", "room", "n", "other"], [f"{moment[:10]} {moment[11:23]}", "Küche", "1.5", ""]]
+        await client.post("/command?device_type=none&command_name=x")
+        (command,) = (await csv_of(client, "/command-logs?format=excel"))[0][1:]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", command[5])
+
+
+@in_a_loop
+async def test_history_with_more_rows_than_the_limit_says_so(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
     async with gateway_on(database) as client, client.board("a") as board:
-        await say(board, "status", payload={"old": 1})
-        for number in range(30):  # more than is read at once
-            await say(board, "status", payload={"seq": number, "text": "x" * 60_000})
-        await eventually(lambda: client.gateway.messages[amhrpd.Status] == 31)
-        header, *states = (await csv_of(client, "/state-history/a?format=csv"))[0]
-        assert header == ["timestamp", "seq", "text", "old", "other"]
-        assert (len(states), states[-1][1:]) == (31, ["", "", "1", ""])
+        for number in range(25):
+            await say(board, "status", payload={"n": number})
+            await client.post("/command?device_type=none&command_name=x", {"n": number})
+        await eventually(lambda: state_is(client, "a", {"n": 24}))
+        for path in ("/state-history/a", "/command-logs", "/command-logs?status=no_devices"):
+            for limit, more in ((1, True), (10, True), (24, True), (25, False), (26, False), (100, False)):
+                for form in ("json", "csv", "excel"):
+                    url = f"http://127.0.0.1:{client.port}{path}{'&' if '?' in path else '?'}limit={limit}&format={form}"
+                    if form == "json" and limit > 10:
+                        continue  # a page is as many as one answer may have
+                    async with client.session.get(url) as response:
+                        assert response.headers.get("X-AMHRPD-More") == ("true" if more else None), url
+                        text = await response.text()
+                    assert form == "json" or len(text.splitlines()) == 1 + min(limit, 25)
+        async with client.session.get(f"http://127.0.0.1:{client.port}/device-connection-history/a") as response:
+            assert "X-AMHRPD-More" not in response.headers
 
 
 @in_a_loop
@@ -2120,8 +2466,8 @@ async def test_columns_of_a_download_are_bounded(database: Path) -> None:
         for number in range(40):
             await say(board, "status", payload={f"key_{number}_{n}": n for n in range(100)})
         await eventually(lambda: state_has(client, "a", "key_39_0"))
-        async with client.session.get(f"http://127.0.0.1:{client.port}/state-history/a?format=csv&limit=1") as response:
-            header, _, end = (await response.text()).split("\r\n")
+        async with client.session.get(f"http://127.0.0.1:{client.port}/state-history/a?format=csv&limit=40") as response:
+            header, *_, end = (await response.text()).split("\r\n")
         assert (len(header.split(",")), end) == (1002, "")
         assert header.startswith("timestamp,key_39_0,key_39_1,")
 
@@ -2147,12 +2493,12 @@ async def test_download_that_cannot_go_on_is_cut_off_visibly(database: Path, mon
     monkeypatch.setattr(amhrpd, "CSV_PAGE_ROWS", 10)
     async with gateway_on(database) as client, client.board("a") as board:
         for number in range(20):
-            await say(board, "status", payload={"seq": number})
+            await say(board, "status", payload={"seq": number, "text": "x" * 3000})
         await eventually(lambda: client.gateway.messages[amhrpd.Status] == 20)
         read = client.store.history
 
         async def failing_read(table: Any, limit: int, **wanted: Any) -> list[amhrpd.Row]:
-            if wanted["before"]:
+            if wanted["before"] and limit > 1:  # not the look whether there are more
                 raise amhrpd.GatewayError(amhrpd.Code.STORE_UNAVAILABLE, "gone")
             return await read(table, limit, **wanted)
 
@@ -2218,19 +2564,36 @@ async def test_metrics_count_what_happened(database: Path) -> None:
     ):
         assert found[positive, ""] > 0
     assert ("amhrpd_rows_waiting", "") in found
-    ended = {label for name, label in found if name == "amhrpd_commands_total"}
-    assert ended == {"no_devices", "ack_success", "ack_error", "ack_timeout"}
     assert (after["amhrpd_devices_online", ""], after["amhrpd_devices_known", ""]) == (0, 3)
 
 
 @in_a_loop
-async def test_health_knows_the_size_of_the_file_and_what_is_free(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.DiskSpace, "LOOK_INTERVAL_S", 0.0)
+async def test_figures_are_all_there_from_the_start(database: Path) -> None:
+    """Also where the unit hides /proc/stat (`ProcSubset=pid`)."""
+    hidden = "import builtins, sys; real = builtins.open\n"
+    hidden += "def veiled(file, *args, **kwargs):\n    if str(file) == '/proc/stat': raise FileNotFoundError(file)\n"
+    hidden += "    return real(file, *args, **kwargs)\n"
+    hidden += f"builtins.open = veiled; sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
+    async with process_on(database, code=hidden) as (_, client):
+        found = await figures(client)
+    assert {label for name, label in found if name == "amhrpd_refusals_total"} == {code.name for code in amhrpd.Code}
+    assert {label for name, label in found if name == "amhrpd_messages_total"} == set(amhrpd.BOARD_MESSAGES)
+    ends = {label: value for (name, label), value in found.items() if name == "amhrpd_commands_total"}
+    assert ends == {"no_devices": 0, "ack_success": 0, "ack_error": 0, "ack_timeout": 0}
+    for positive in ("resident_memory_bytes", "virtual_memory_bytes", "cpu_seconds_total", "open_fds"):
+        assert found[f"process_{positive}", ""] > 0
+
+
+@in_a_loop
+async def test_health_knows_the_size_of_the_file_and_what_is_free(database: Path) -> None:
     async with gateway_on(database) as client:
         await client.post("/command?device_type=none&command_name=x")
-        health = await client.get("/health")
         log = database.with_name("amhrpd.db-wal")  # where the latest rows are
-        assert health["database_bytes"] == database.stat().st_size + log.stat().st_size > database.stat().st_size
+
+        def is_of_both() -> Any:
+            return row_has(client, "/health", database_bytes=database.stat().st_size + log.stat().st_size)
+
+        health = await eventually(is_of_both)
         assert abs(health["disk_free_bytes"] - shutil.disk_usage(database.parent).free) < 1 << 30
 
 
@@ -2252,6 +2615,7 @@ async def test_openapi_describes_every_route_for_callers(database: Path) -> None
         assert (parameters["limit"]["minimum"], parameters["limit"]["maximum"]) == (1, 1000)
         schemas = document["components"]["schemas"]
         assert schemas["CommandRequest"]["required"] == ["command_name"]
+        assert "alerts" not in schemas["Command"]["properties"]
         await say(board, "status", payload={"t": 1})
         command = await client.post("/command?device_type=ESP32&command_name=x")
         for path, name in {
@@ -2453,6 +2817,7 @@ async def test_tables_are_the_contracts(database: Path) -> None:
                 ("disconnected_at", moment, 0),
                 ("metadata_json", "JSON", 0),
             ],
+            "amhrpd_deadmen": [("device_id", text255, 1), ("command_name", text255, 0), ("payload", "JSON", 0)],
         }
         for table in ("device_state_snapshots", "device_connection_logs"):
             assert [row[2:5] for row in client.rows(f"PRAGMA foreign_key_list({table})")] == [
@@ -2464,11 +2829,13 @@ async def test_tables_are_the_contracts(database: Path) -> None:
         assert client.rows("SELECT is_online, disconnected_at, metadata_json FROM devices") == [(1, None, "{}")]
         assert client.rows("SELECT response_data IS NULL FROM command_logs") == [(1,)]
         assert client.rows("PRAGMA journal_mode") == [("wal",)]
-        with executed() as statements:
-            await client.get("/command-logs")
-        (connection,) = {statement.connection for statement in statements}
-        assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
-        assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
+    for interval_s, synchronous in ((5, 1), (0, 2)):  # of whoever writes: NORMAL and FULL
+        async with gateway_on(database, sync_interval_s=interval_s) as client:
+            with executed() as statements:
+                await client.post("/command?device_type=none&command_name=x")
+                (connection,) = {each.connection for each in statements if each.thread.startswith("store-writer")}
+                assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
+                assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2496,135 +2863,97 @@ def executed() -> Iterator[list[Executed]]:
 
 
 @in_a_loop
-async def test_every_query_goes_by_an_index_and_every_index_has_a_query(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("a"):
-        with executed() as all_statements:
-            await client.get("/state-history/a")  # dataset has looked at the tables
-            await client.get("/device-connection-history/a")
-            await client.get("/command-logs/x", 404)
-            all_statements.clear()
-            await client.get("/state-history/a?since=2026-01-01&until=2027-01-01&before_id=9")
-            await client.get("/device-connection-history/a?since=2026-01-01")
-            await client.get("/device-connection-history/a?since=2026-01-01&event=connected&before_id=9")
-            await client.get("/command-logs")
-            await client.get("/command-logs?until=2026-01-01")
-            await client.get("/command-logs?status=sent&since=2026-01-01")
-            await client.get("/command-logs?device_type=ESP32")
-            await client.get("/command-logs?status=sent&device_type=ESP32&since=2026-01-01")
-            await client.get("/command-logs/x", 404)
-        statements = [statement.sql for statement in all_statements if statement.sql.lstrip().upper().startswith("SELECT")]
-        background = ("sqlite_master", "AS earliest", "AS row,")
-        statements = [sql for sql in statements if not any(part in sql for part in background)]
-        assert len(statements) == 9
-        used = ""
-        for statement in statements:
-            plan = " / ".join(row[3] for row in client.rows("EXPLAIN QUERY PLAN " + statement.replace("?", "1")))
-            assert "TEMP B-TREE" not in plan, (statement, plan)
-            assert "USING" in plan and "SCAN" not in plan, (statement, plan)
-            used += plan
-        ours = [name for (name,) in client.rows("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")]
-        assert len(ours) == 6
-        assert [name for name in ours if name not in used] == []
+async def test_every_question_goes_by_the_index_with_its_filters_and_the_time(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board:
+        await say(board, "status", payload={})
+        command = (await client.post("/command?device_id=a&command_name=x"))["command_id"]
+        await client.get("/state-history/a")
+        used = set[str]()
+        for path, before, time, index in (
+            ("/state-history/a", "1", "timestamp", "snapshots_device_time"),
+            ("/device-connection-history/a", "1", "timestamp", "events_device_time"),
+            ("/device-connection-history/a?event=connected", "1", "timestamp", "events_device_event_time"),
+            ("/command-logs", command, "created_at", "commands_time"),
+            ("/command-logs?status=sent", command, "created_at", "commands_status_time"),
+            ("/command-logs?device_type=ESP32", command, "created_at", "commands_type_time"),
+            ("/command-logs?status=sent&device_type=ESP32", command, "created_at", "commands_type_status_time"),
+        ):
+            for wanted in (
+                "",
+                "since=2026-01-01&until=2027-01-01",
+                f"before_id={before}",
+                f"until=2027-01-01&before_id={before}",
+            ):
+                with executed() as statements:
+                    await client.get(f"{path}{'&' if '?' in path else '?'}{wanted}")
+                sql = next(each.sql for each in statements if f"ORDER BY {time} DESC, rowid DESC" in each.sql)
+                plan = " / ".join(row[3] for row in client.rows("EXPLAIN QUERY PLAN " + sql.replace("?", "1")))
+                assert f"USING INDEX ix_amhrpd_{index}" in plan, (sql, plan)
+                assert "TEMP B-TREE" not in plan, (sql, plan)
+                assert ("<" in plan) == (wanted != ""), (sql, plan)
+            used.add(f"ix_amhrpd_{index}")
+        ours = {name for (name,) in client.rows("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")}
+        assert ours == used == amhrpd.INDEXES.keys()
 
 
 @in_a_loop
-async def test_times_find_their_rows_whatever_the_clock_did(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a file that others wrote, behind rows of one more run, and where ids are given again."""
-    monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 5)
-    monkeypatch.setattr(amhrpd.Survey, "ZONES_AT_ONCE", 3)
-    monkeypatch.setattr(amhrpd.Upkeep, "INTERVAL_S", 0.02)
-    extend, at_the_end = amhrpd.Survey.extend, set[amhrpd.Survey]()
-
-    def noted_extend(survey: amhrpd.Survey, tables: Any) -> list[amhrpd.Row]:
-        if not (found := extend(survey, tables)):
-            at_the_end.add(survey)
-        return found
-
-    async def all_times_are_known() -> None:
-        at_the_end.clear()
-        await eventually(lambda: len(at_the_end) == 3)
-
-    monkeypatch.setattr(amhrpd.Survey, "extend", noted_extend)
+async def test_times_find_their_rows_whatever_the_clock_did(database: Path) -> None:
+    """Also in a file that others wrote: what is answered is what a look at every row finds."""
     chance = random.Random(3)
     moment = datetime(2026, 5, 1, 0, 0, 0, 500_000)
     await fill(database, 1)
     with contextlib.closing(sqlite3.connect(database)) as db, db:
-        db.execute("INSERT INTO devices SELECT 'b', 'ESP32', 0, NULL, connected_at, NULL, '{}' FROM devices")
         for number in range(300):
-            moment += timedelta(hours=chance.choice([1] * 20 + [-200, 300]))
+            moment += timedelta(hours=chance.choice([0, 1] * 10 + [-200, 300]))
             time = chance.choice([str(moment)] * 30 + ["", 5.5, b"2026", "never"])
-            device_id = "b" if number > 280 else chance.choice("ab")
             event, status = chance.choice(["connected", "timeout"]), chance.choice(["ack_success", "ack_error"])
-            db.execute("INSERT INTO device_state_snapshots VALUES (NULL,?,'x','{}',?)", (device_id, time))
-            db.execute("INSERT INTO device_connection_logs VALUES (NULL,?,'x',?,?,NULL)", (device_id, event, time))
-            command = (str(number), device_id, status, time)
+            db.execute("INSERT INTO device_state_snapshots VALUES (NULL,'a','x','{}',?)", (time,))
+            db.execute("INSERT INTO device_connection_logs VALUES (NULL,'a','x',?,?,NULL)", (event, time))
+            command = (str(number), chance.choice("ab"), status, time)
             db.execute("INSERT INTO command_logs VALUES (?,?,'x','{}',?,?,NULL,NULL,NULL,1,0)", command)
-
-    async def compare(client: Client) -> None:
-        """What is answered with what a look at every row finds."""
-        start = datetime(2026, 4, 20)
-        for _ in range(60):
-            times = {
-                name: str(start + timedelta(hours=chance.randrange(1200)) * chance.choice([0, 1, 1]))
-                for name in ("since", "until")
-            }
-            wanted = dict(chance.sample(sorted(times.items()), chance.randrange(3))) | {"limit": str(chance.choice([3, 1000]))}
-            table: amhrpd.TableName
-            histories: list[tuple[amhrpd.TableName, str, str, tuple[str, ...]]] = [
-                ("device_state_snapshots", "timestamp", "/state-history/{}", ()),
-                ("device_connection_logs", "timestamp", "/device-connection-history/{}", ("event",)),
-                ("command_logs", "created_at", "/command-logs", ("status", "device_type")),
-            ]
-            table, time, path, others = chance.choice(histories)
-            values = {"event": "timeout", "status": "ack_error", "device_type": "a"}
-            wanted |= {name: values[name] for name in others if chance.random() < 0.5}
-            conditions = {"since": f"{time} >= :since", "until": f"{time} <= :until", "limit": "true"}
-            device_id = chance.choice("ac" if client.rows("SELECT 1 FROM devices WHERE device_id = 'c'") else "ab")
-            if table != "command_logs":
-                conditions["device_id"] = "device_id = :device_id"
-                wanted |= {"before_id": "200"} if chance.random() < 0.3 else {}
-                conditions["before_id"] = "id < CAST(:before_id AS INTEGER)"
-            answer = await client.get(path.format(device_id), params=wanted)
-            bound = wanted | ({"device_id": device_id} if table != "command_logs" else {})
-            where = " AND ".join(conditions.get(name, f"{name} = :{name}") for name in bound)
-            key = next(iter(amhrpd.COLUMNS[table]))
-            sql = f"SELECT {key} FROM {table} NOT INDEXED WHERE {where} ORDER BY rowid DESC LIMIT CAST(:limit AS INTEGER)"
-            with contextlib.closing(sqlite3.connect(database)) as db:
-                expected = [found for (found,) in db.execute(sql, bound)]
-            (rows,) = (rows for rows in answer.values() if isinstance(rows, list))
-            assert [row[key] for row in rows] == expected, (sql, bound)
-
+    histories: list[tuple[amhrpd.TableName, str, str, dict[str, str]]] = [
+        ("device_state_snapshots", "timestamp", "/state-history/a", {}),
+        ("device_connection_logs", "timestamp", "/device-connection-history/a", {"event": "timeout"}),
+        ("command_logs", "created_at", "/command-logs", {"status": "ack_error", "device_type": "a"}),
+    ]
     async with gateway_on(database) as client:
-        await compare(client)
-        await all_times_are_known()
-        await compare(client)
-        await client.ask("DELETE", "/devices/b")
-        monkeypatch.setattr(amhrpd, "utc_now", lambda: datetime(2026, 4, 25))
-        async with client.board("c") as board:
-            for number in range(30):
-                await say(board, "status", payload={"n": number})
-            await eventually(lambda: state_is(client, "c", {"n": 29}))
-            states = (await client.get("/state-history/c?until=2026-04-26"))["states"]
-            assert len(states) == 30
-            assert states[-1]["id"] < 300
-            await compare(client)
-            await all_times_are_known()
-            await compare(client)
+        for _ in range(200):
+            table, time, path, filters = chance.choice(histories)
+            key = next(iter(amhrpd.COLUMNS[table]))
+            wanted: dict[str, Any] = {name: value for name, value in filters.items() if chance.random() < 0.5}
+            conditions = [f"{name} = :{name}" for name in wanted]
+            for name, comparison in (("since", ">="), ("until", "<=")):
+                if chance.random() < 0.5:
+                    wanted[name] = str(
+                        datetime(2026, 4, 20) + timedelta(hours=chance.randrange(1200)) * chance.choice([0, 1, 1])
+                    )
+                    conditions.append(f"{time} {comparison} :{name}")
+            if chance.random() < 0.3:
+                ((before,),) = client.rows(f"SELECT {key} FROM {table} LIMIT 1 OFFSET {chance.randrange(300)}")
+                wanted["before_id"] = before
+                conditions.append(f"({time}, rowid) < (SELECT {time}, rowid FROM {table} WHERE {key} = :before_id)")
+            wanted["limit"] = chance.choice([3, 1000])
+            answer = await client.get(path, params=wanted)
+            where = " AND ".join(["true", *conditions])
+            sql = f"SELECT {key} FROM {table} NOT INDEXED WHERE {where} ORDER BY {time} DESC, rowid DESC LIMIT :limit"
+            with contextlib.closing(sqlite3.connect(database)) as db:
+                expected = [found for (found,) in db.execute(sql, wanted)]
+            (rows,) = (rows for rows in answer.values() if isinstance(rows, list))
+            assert [row[key] for row in rows] == expected, (sql, wanted)
 
 
-LONG = 200_000  # rows
-
-
-def make_long_database(path: Path) -> None:
-    """A file that has a history of each kind, of two boards of which one is quiet, and lacks what it gets in the background."""
+def make_long_database(path: Path, rows: int) -> None:
+    """A file of the version before, that has a history of each kind, of two boards of which one is quiet."""
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        for table, columns in amhrpd.TABLES.items():
-            db.execute(f"CREATE TABLE {table} ({columns})")
-        for index in amhrpd.INDEXES.keys() - amhrpd.LATER_INDEXES:
-            db.execute(f"CREATE INDEX {index} ON {amhrpd.INDEXES[index]}")
+        db.execute("PRAGMA user_version = 1")
+        for table in amhrpd.TABLES.keys() - {"amhrpd_deadmen"}:
+            db.execute(f"CREATE TABLE {table} ({amhrpd.TABLES[table]})")
+        db.execute("CREATE INDEX ix_amhrpd_commands_type ON command_logs (device_type)")
+        db.execute("CREATE INDEX ix_command_logs_status ON command_logs (status)")
+        db.execute("CREATE INDEX my_own ON command_logs (status)")
         t = "2026-01-01 00:00:00.000000"
         db.executemany("INSERT INTO devices VALUES (?,'ESP32',0,?,?,?,'{}')", [(name, t, t, t) for name in ("busy", "quiet")])
-        numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {LONG})"
+        numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})"
         time = "strftime('%Y-%m-%d %H:%M:%f000', 1.75e9 + i, 'unixepoch')"
         of_type = "iif(i % 2, 'A', 'B'), 'x', '{}', iif(i % 2, 'ack_success', 'ack_error')"
         db.execute(f"{numbers} INSERT INTO device_state_snapshots SELECT i, 'busy', 'ESP32', '{{}}', {time} FROM n")
@@ -2632,93 +2961,54 @@ def make_long_database(path: Path) -> None:
         db.execute(f"{numbers} INSERT INTO command_logs SELECT i, {of_type}, {time}, NULL, NULL, NULL, 1, 1 FROM n")
 
 
-@in_a_loop
-async def test_no_question_takes_longer_for_a_long_history(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a file of the first version has its indexes when nobody has waited for it for a while."""
-    make_long_database(database)
-    monkeypatch.setattr(amhrpd.Upkeep, "INTERVAL_S", 0.01)
-    monkeypatch.setattr(amhrpd.Upkeep, "INDEX_RETRY_S", 0.01)
-
-    def missing() -> set[str]:
-        found = {name for (name,) in rows_of(database, "SELECT name FROM sqlite_master WHERE type = 'index'")}
-        return amhrpd.INDEXES.keys() - found
-
-    with logged() as events:
-        async with gateway_on(database) as client:
-            assert missing() == set(amhrpd.LATER_INDEXES)
-            while not named(events, "index_postponed"):
-                answer = await client.post("/command?device_type=none&command_name=x")
-                assert "persisted" not in answer
-                assert missing()
-            await eventually(lambda: not missing())
-            for path in (
-                "/command-logs?status=ack_success&device_type=B",
-                "/command-logs?until=2020-01-01",
-                "/command-logs?since=2030-01-01&status=ack_error",
-                "/command-logs?since=2025-06-16&until=2025-06-16T00:00:01&device_type=C",
-                "/state-history/busy?until=2020-01-01",
-                "/state-history/busy?since=2030-01-01&before_id=200000",
-                "/state-history/quiet?since=2020-01-01",
-                "/device-connection-history/busy?event=timeout",
-                "/device-connection-history/busy?event=disconnected&until=2026-01-01",
-            ):
-                times_s = []
-                for _ in range(5):
-                    began_s = time.perf_counter()
-                    assert (await client.get(path))["total"] == 0
-                    times_s.append(time.perf_counter() - began_s)
-                assert min(times_s) < 0.01, path
-
-
-@contextlib.contextmanager
-def endless(database: Path, table: amhrpd.TableName) -> Iterator[None]:
-    """Who asks for a table's rows has to wait for hours: there is a view in its place."""
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
-        columns = ", ".join(f"a.i + b.i + c.i + d.i AS {name}" for name in ["rowid", *amhrpd.COLUMNS[table]])
-        db.execute(f"ALTER TABLE {table} RENAME TO kept")
-        many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 1000)"
-        db.execute(f"CREATE VIEW {table} AS {many} SELECT {columns} FROM n a, n b, n c, n d")
-        yield
-        db.execute(f"DROP VIEW {table}")
-        db.execute(f"ALTER TABLE kept RENAME TO {table}")
+def indexes(database: Path) -> set[str]:
+    return {name for (name,) in rows_of(database, "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")}
 
 
 @in_a_loop
-async def test_question_that_nobody_waits_for_any_more_is_broken_off(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its caller went, its time is over, or the gateway stops."""
-    await fill(database, 3)
-    path = "/command-logs?device_type=x"
-    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-    with executed() as statements:
+async def test_file_of_the_version_before_gets_its_indexes_at_the_start(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd.Database, "SMALL_BYTES", 0)  # of a file whose start takes no time there is nothing to tell
+    make_long_database(database, 1000)
+    settings = amhrpd.Settings(database_url=f"sqlite:///{database}")
+    steps: list[str] = []
+    for number in range(2):
+        store = amhrpd.Store(settings)
+        with executed() as statements:
+            await store.open(lambda _: None, steps.append)
+        made = [each.sql for each in statements if "INDEX" in each.sql.upper().split()[:2]]
+        assert indexes(database) == amhrpd.INDEXES.keys() | {"my_own"}
+        assert await store.close(5)
+        if number == 0:
+            told = [next(at for at, step in enumerate(steps) if name in step) for name in amhrpd.INDEXES]
+            assert told == sorted(told)  # one after the other, each before it is made
+            assert [sql.split()[0] for sql in made] == ["DROP"] * 2 + ["CREATE"] * len(amhrpd.INDEXES)
+            steps.clear()
+    assert (made, steps) == ([], [])  # nothing to do
 
-        def asked(what: str = "device_type = ?") -> int:
-            return sum("command_logs" in statement.sql and what in statement.sql for statement in statements)
 
-        async with gateway_on(database) as client:
-            await eventually(lambda: asked("earliest"))  # what is looked at once, has been
-            await client.get("/command-logs")
-            with endless(database, "command_logs"):
-                callers = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(amhrpd.Reader.THREADS)]
-                for _, writer in callers:
-                    writer.write(request)
-                await eventually(lambda: asked() == amhrpd.Reader.THREADS)
-                for _, writer in callers:
-                    writer.transport.abort()
-                async with asyncio.timeout(5):
-                    assert (await client.get("/state-history/a"))["total"] == 3
-                with monkeypatch.context() as patch:
-                    patch.setattr(amhrpd.Store, "READ_TIMEOUT_S", 0.3)
-                    answers = await asyncio.gather(*(client.get(path, 503) for _ in range(amhrpd.Reader.THREADS)))
-                    assert {answer["error_code"] for answer in answers} == {"STORE_UNAVAILABLE"}
-                    assert (await client.get("/state-history/a"))["total"] == 3
-                assert asked() == 2 * amhrpd.Reader.THREADS
-                reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-                writer.write(request)
-                await eventually(lambda: asked() == 2 * amhrpd.Reader.THREADS + 1)
-            began_s = time.monotonic()
-        assert time.monotonic() - began_s < 2
-        assert b"STOPPING" in await reader.read()
-        writer.close()
+@in_a_loop
+async def test_no_question_takes_longer_for_a_long_history_from_the_first_moment(database: Path) -> None:
+    make_long_database(database, 200_000)
+    async with gateway_on(database) as client:
+        for path in (
+            "/command-logs?status=ack_success&device_type=B",
+            "/command-logs?until=2020-01-01",
+            "/command-logs?since=2030-01-01&status=ack_error",
+            "/command-logs?since=2025-06-16&until=2025-06-16T00:00:01&device_type=C",
+            "/state-history/busy?until=2020-01-01",
+            "/state-history/busy?since=2030-01-01&before_id=200000",
+            "/state-history/quiet?since=2020-01-01",
+            "/device-connection-history/busy?event=timeout",
+            "/device-connection-history/busy?event=disconnected&until=2026-01-01",
+        ):
+            times_s = []
+            for _ in range(5):
+                began_s = time.perf_counter()
+                assert (await client.get(path))["total"] == 0
+                times_s.append(time.perf_counter() - began_s)
+            assert min(times_s) < 0.01, path
 
 
 @in_a_loop
@@ -2734,8 +3024,8 @@ async def test_live_answers_never_touch_the_database(database: Path) -> None:
 
 
 def of_callers(statements: Sequence[Executed]) -> list[str]:
-    """What was read, but for the file's upkeep."""
-    return [each.sql for each in statements if each.thread.startswith("store-reader") and "earliest" not in each.sql]
+    """What was read."""
+    return [each.sql for each in statements if each.thread.startswith("store-reader")]
 
 
 # ======================================================================================================================
@@ -2773,7 +3063,7 @@ class Stream:
                     raise EOFError
                 self.last_id = fields.get("id", self.last_id)
                 if "data" in fields and (not names or fields["event"] in names):
-                    return Heard(fields["id"], fields["event"], json.loads(fields["data"]))
+                    return Heard(fields.get("id", ""), fields["event"], json.loads(fields["data"]))
 
     async def until_end(self) -> list[Heard]:
         """What still comes, to the stream's end."""
@@ -2846,8 +3136,11 @@ async def test_events_are_narrowed_by_device_event_and_type(database: Path) -> N
         await client.post("/command", {"device_type": "*", "command_name": "for_all"})
         assert (await by_id.next()).data["command_name"] == "for_all"
         assert [(await by_type.next()).data["command_name"] for _ in range(2)] == ["for_c", "for_all"]
-        for query in ("?event=reset", "?device_id=a,,b", "?device=a"):
+        for query in ("?event=reset", "?device_id=a,,b", "?device=a", "?alive=2", f"?device_id={'a,' * 1000}a"):
             await client.get(f"/events{query}", 400)
+        async with listening(client, f"?alive=1&event=alert&device_id={'x,' * 999}a") as by_many:
+            await say(a, "alert", alert_type="obstacle", message="wall")
+            assert (await by_many.next("alert")).data["message"] == "wall"
 
 
 @in_a_loop
@@ -2878,19 +3171,21 @@ async def test_states_come_ten_times_a_second_and_the_latest_wins(database: Path
 
 @in_a_loop
 async def test_listener_that_comes_back_goes_on_without_a_gap(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("servo_1") as board:
+    async with gateway_on(database) as client, client.board("servo_1") as board, listening(client) as other:
         async with listening(client) as stream:
             await say(board, "alert", alert_type="n", message="0")
             assert (await stream.next("alert")).data["message"] == "0"
         for number in range(1, 20):
             await say(board, "alert", alert_type="n", message=str(number))
         await eventually(lambda: alert_says(client, "servo_1", "19"))
-        async with listening(client, **{"Last-Event-ID": stream.last_id}) as stream:
-            assert [(await stream.next("alert")).data["message"] for _ in range(19)] == [str(n) for n in range(1, 20)]
+        came = stream.last_id
+        for query, headers in ((f"?last_event_id={came}", {}), ("?last_event_id=old", {"Last-Event-ID": came})):
+            async with listening(client, query, **headers) as stream:
+                assert [(await stream.next("alert")).data["message"] for _ in range(19)] == [str(n) for n in range(1, 20)]
         for number in range(1200):
             await say(board, "alert", alert_type="n", message=str(number))
-        await eventually(lambda: alert_says(client, "servo_1", "1199"))
-        for unknown in (stream.last_id, "another-1", "nonsense", stream.last_id.partition("-")[0] + "-" + "9" * 5000):
+            await other.next("alert")
+        for unknown in (stream.last_id, "another-1", "nonsense", stream.last_id.partition("-")[0] + "-" + "9" * 3000):
             async with listening(client, **{"Last-Event-ID": unknown}) as stream:
                 assert (await stream.next()).event == "reset"
                 await say(board, "alert", alert_type="n", message="news")
@@ -2904,20 +3199,19 @@ async def alert_says(client: Client, device_id: str, message: str) -> bool:
 
 @in_a_loop
 async def test_nothing_is_told_while_nobody_listens(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Events, "LINGER_S", 0.0)
-    monkeypatch.setattr(amhrpd.Events, "REPEAT_S", 0.0)
     asked: list[str] = []
-    record = amhrpd.Device.record
+    record = amhrpd.Device.state_record
 
     def watched(device: amhrpd.Device) -> dict[str, Any]:
         asked.append(device.device_id)
         return record(device)
 
-    monkeypatch.setattr(amhrpd.Device, "record", watched)
-    async with gateway_on(database) as client, await connect(client.port, "servo_1") as board:
+    monkeypatch.setattr(amhrpd.Events, "REPEAT_S", 0.0)
+    monkeypatch.setattr(amhrpd.Device, "state_record", watched)
+    async with gateway_on(database) as client, client.board("servo_1") as board:
         async with listening(client) as stream:
-            await say(board, "registration", device_type="ESP32")
-            await stream.next("device")
+            await say(board, "status", payload={})
+            await stream.next("state")
         assert asked
 
         async def is_told_nothing() -> bool:
@@ -2974,12 +3268,32 @@ async def test_sixty_five_do_not_listen_at_once(database: Path) -> None:
 
 @in_a_loop
 async def test_silence_is_broken_by_a_comment(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd, "SILENCE_S", 0.1)
+    monkeypatch.setattr(amhrpd.Events, "SILENCE_S", 0.1)
     async with gateway_on(database) as client, listening(client) as stream:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
                 await stream.next()
         assert 2 <= stream.comments <= 5
+
+
+@in_a_loop
+async def test_scripts_see_that_the_gateway_is_alive(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside other events."""
+    monkeypatch.setattr(amhrpd.Events, "ALIVE_S", 0.2)
+    async with gateway_on(database) as client, client.board("a") as board:
+
+        async def report() -> None:
+            while True:
+                await say(board, "alert", alert_type="n", message="beside")
+                await asyncio.sleep(0.02)
+
+        async with listening(client, "?alive=1") as stream, background(report()):
+            heard_s: list[float] = []
+            for _ in range(4):
+                (timestamp,) = (await stream.next("alive")).data.values()
+                assert TIME.fullmatch(timestamp)
+                heard_s.append(time.monotonic())
+            assert all(0.1 < after - before < 0.5 for before, after in itertools.pairwise(heard_s))
 
 
 @in_a_loop
@@ -2997,6 +3311,835 @@ async def test_stop_tells_what_it_does_and_ends_the_streams_in_order(database: P
                 await stopping
             assert heard[-1].data["is_online"] is False
         assert (await client.get("/events", 503))["error_code"] == "STOPPING"
+
+
+# ======================================================================================================================
+# Contract, section 9: many gateways, one broker
+# ======================================================================================================================
+
+
+class Mosquitto:
+    """A real broker, on a port of its own, that keeps nothing over a restart."""
+
+    def __init__(self, folder: Path, *lines: str, user: str = "") -> None:
+        self.port = free_port()
+        self._config = folder / f"mosquitto-{self.port}.conf"
+        self._config.write_text("\n".join([f"listener {self.port} 127.0.0.1", *(lines or ["allow_anonymous true"])]) + "\n")
+        self.url = f"mqtt://{user}127.0.0.1:{self.port}"
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        self._popen = subprocess.Popen(["mosquitto", "-c", str(self._config)], stderr=subprocess.DEVNULL)
+        await eventually(self._answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
+
+    def signal(self, number: int) -> None:
+        assert self._popen is not None
+        self._popen.send_signal(number)
+
+    def stop(self) -> None:
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGKILL)
+        assert self._popen is not None
+        self._popen.wait()
+
+    @contextlib.asynccontextmanager
+    async def peer(self, *topics: str, **options: Any) -> AsyncIterator[Peer]:
+        """Another program at the broker."""
+        async with aiomqtt.Client("127.0.0.1", self.port, **options) as client:
+            peer = Peer(client)
+            await client.subscribe([(topic, 0) for topic in topics or ("#",)])
+            async with background(peer.listen()):
+                yield peer
+
+    async def kept(self) -> dict[str, bytes]:
+        """What the broker keeps: everything by topic."""
+        async with self.peer() as peer:
+            mark = f"mark/{time.monotonic_ns()}"
+            await peer.publish(mark)
+            await eventually(lambda: peer.all(mark))
+            return {m.topic.value: payload_of(m) for m in peer.messages if m.retain}
+
+
+class Peer:
+    """Another program at the broker, and all that it heard."""
+
+    def __init__(self, client: aiomqtt.Client) -> None:
+        self.publish = client.publish
+        self.messages: list[aiomqtt.Message] = []
+        self._client = client
+
+    async def listen(self) -> None:
+        async for message in self._client.messages:
+            self.messages.append(message)
+
+    def all(self, topic: str) -> list[bytes]:
+        return [payload_of(message) for message in self.messages if message.topic.value == topic]
+
+    def last(self, topic: str) -> bytes | None:
+        return next(reversed(self.all(topic)), None)
+
+    def results(self, gateway_id: str = "gw") -> list[dict[str, Any]]:
+        return [json.loads(payload) for payload in self.all(f"amhrpd/{gateway_id}/result")]
+
+    async def more(self, topic: str, count: int) -> None:
+        """Wait for more than so many messages."""
+        await eventually(lambda: len(self.all(topic)) > count)
+
+    async def result(self, transaction: object, **expected: Any) -> dict[str, Any]:
+        """The first result for a transaction that has these values."""
+
+        def look() -> dict[str, Any] | None:
+            for result in self.results():
+                if result["transaction"] == transaction and expected.items() <= result.items():
+                    return result
+            return None
+
+        found: dict[str, Any] = await eventually(look)
+        return found
+
+
+def payload_of(message: aiomqtt.Message) -> bytes:
+    assert isinstance(message.payload, bytes)
+    return message.payload
+
+
+needing_broker = needing(pytest.mark.broker, "" if aiomqtt and shutil.which("mosquitto") else "no mosquitto to talk to")
+
+
+def with_broker(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test beside a broker, with pauses that suit it."""
+
+    @functools.wraps(test)
+    async def body(tmp_path: Path) -> None:
+        broker = Mosquitto(tmp_path)
+        await broker.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(amhrpd.Broker, "PAUSES_S", (0.05, 0.2))
+            patch.setattr(amhrpd.Broker, "TIMEOUT_S", 1.0)
+            patch.setattr(amhrpd.Broker, "SETTLED_S", 0.0)
+            patch.setattr(amhrpd.Broker, "HOME_PAUSE_S", (0.0, 0.1))
+            patch.setattr(amhrpd.Outbox, "READINGS_PAUSE_S", 0.1)
+            patch.setattr(amhrpd.Incoming, "MAX_AT_ONCE", amhrpd.Incoming.MAX_AT_ONCE)
+            try:
+                await test(broker, tmp_path / "amhrpd.db")
+            finally:
+                broker.stop()
+
+    del body.__wrapped__  # pytest would look for the arguments there
+    return needing_broker(in_a_loop(body))
+
+
+def at(broker: Mosquitto, **settings: Any) -> dict[str, Any]:
+    """The settings of a gateway at a broker."""
+    return {"mqtt_url": broker.url, "gateway_id": "gw"} | settings
+
+
+async def is_at(client: Client) -> bool:
+    return bool((await client.get("/health"))["mqtt"] == "connected")
+
+
+@contextlib.asynccontextmanager
+async def gateway_at(broker: Mosquitto, database: Path, **settings: Any) -> AsyncIterator[Client]:
+    """The daemon, connected to a broker."""
+    async with gateway_on(database, **at(broker, **settings)) as client:
+        await eventually(lambda: is_at(client))
+        yield client
+
+
+@with_broker
+async def test_broker_is_told_what_happens(broker: Mosquitto, database: Path) -> None:
+    async with broker.peer() as peer, gateway_at(broker, database) as client:
+        await eventually(lambda: peer.last("amhrpd/gw/status") == b"online")
+        device = "amhrpd/gw/device/room.1"
+        async with client.board("room.1", "a/+#/b", metadata={"firmware_version": "2.0"}) as board:
+            info = json.loads(await eventually(lambda: peer.last(f"{device}/info")))
+            assert (info["device_type"], info["metadata"], info["is_online"]) == ("a/+#/b", {"firmware_version": "2.0"}, True)
+            assert info.keys() == (await client.get("/devices/room.1")).keys() - {"state", "alert"}
+            assert peer.last(f"{device}/status") == b"online"
+            await board.send('{"message_type": "status", "payload": {"temperature":  21.50, "a.b/c+#": [1]}}')
+            await eventually(lambda: peer.last(f"{device}/state") == b'{"temperature":21.5,"a.b/c+#":[1]}')
+            await say(board, "alert", device_id="room.1", alert_type="obstacle", message="10 cm")
+            alert = json.loads(await eventually(lambda: peer.last(f"{device}/alert")))
+            assert alert.items() >= {"device_id": "room.1", "kind": "alert", "type": "obstacle", "message": "10 cm"}.items()
+            told = len(peer.all(f"{device}/info"))
+            await client.post(
+                "/command", {"device_id": "room.1", "command_name": "x", "deadman": {"after": 60, "command_name": "s"}}
+            )
+            await eventually(lambda: [r for r in peer.results() if r["command_name"] == "x" and r["status"] == "sent"])
+            assert len(peer.all(f"{device}/info")) == told  # a deadman is no news there
+        await eventually(lambda: peer.last(f"{device}/status") == b"offline")
+        await eventually(lambda: json.loads(peer.last(f"{device}/info") or b"")["is_online"] is False)
+        kept = await broker.kept()
+        assert kept.keys() >= {"amhrpd/gw/status", *(f"{device}/{kind}" for kind in ("status", "info", "state"))}
+        assert not [topic for topic in kept if topic.endswith(("/alert", "/result", "/command"))]
+
+
+@with_broker
+async def test_commands_come_from_the_broker_and_results_go_there(broker: Mosquitto, database: Path) -> None:
+    async with broker.peer() as peer, gateway_at(broker, database) as client, contextlib.AsyncExitStack() as stack:
+        one, two = [await stack.enter_async_context(client.board(f"esp_{n}", kind)) for n, kind in ((1, "ESP32"), (2, "other"))]
+        await stack.enter_async_context(background(answer_commands(two)))
+        await peer.publish("amhrpd/gw/device/esp_1/command", "stop")
+        assert (await hear(one, "command"))["command_name"] == "stop"
+        order = {"command_name": "go", "payload": {"speed": 80}, "timeout": 7, "transaction": "tür/1"}
+        await peer.publish(
+            "amhrpd/gw/device/esp_1/command", json.dumps(order | {"deadman": {"after": 60, "command_name": "stop"}})
+        )
+        frame = await hear(one, "command")
+        assert (frame["command_name"], frame["payload"], frame["timeout"]) == ("go", {"speed": 80}, 7)
+        row = await peer.result("tür/1", status="sent")
+        assert (await client.get("/devices/esp_1"))["deadman_at"] is not None
+        await say(one, "command_ack", command_id=frame["command_id"], status="success")
+        done = await peer.result("tür/1", status="ack_success")
+        assert done == await client.get(f"/command-logs/{row['command_id']}") | {"transaction": "tür/1"}
+        for topic in ("amhrpd/gw/command", "amhrpd/all/command"):
+            await peer.publish(topic, json.dumps({"device_type": "other", "command_name": "blink", "transaction": topic}))
+            await peer.result(topic, status="ack_success", success_count=1)
+        await peer.publish("amhrpd/gw/command", json.dumps({"device_type": "none", "command_name": "x", "transaction": 7}))
+        await peer.result(7, status="no_devices")
+        answer = await client.post("/command", {"device_id": "esp_2", "command_name": "by_rest"})
+        found = await eventually(lambda: [r for r in peer.results() if r.get("command_id") == answer["command_id"]])
+        assert found[0]["transaction"] is None
+
+
+@with_broker
+async def test_commands_from_the_broker_are_validated_as_those_of_rest(broker: Mosquitto, database: Path) -> None:
+    wrong: dict[tuple[str, bytes], tuple[str, str]] = {
+        ("command", b"stop"): ("INVALID_MESSAGE", "not valid JSON"),
+        ("command", b"[1]"): ("INVALID_MESSAGE", "object"),
+        ("command", b"\xff"): ("INVALID_MESSAGE", "UTF-8"),
+        ("command", b'{"command_name": "x"}'): ("MISSING_REQUIRED_FIELD", "device_type"),
+        ("command", b'{"device_id": "ghost", "command_name": "x"}'): ("DEVICE_NOT_FOUND", "ghost"),
+        ("command", b'{"device_type": "*", "command_name": "x", "timeout": 301}'): ("INVALID_FIELD_VALUE", "timeout is 301"),
+        ("command", b'{"device_type": "*", "command_name": "x", "speed": 1}'): ("INVALID_FIELD_VALUE", "speed"),
+        ("command", b'{"device_type": "*", "command_name": "x", "transaction": [1]}'): ("INVALID_FIELD_VALUE", "transaction"),
+        ("command", b'{"device_type": "*", "command_name": "x", "transaction": "%s"}' % (b"x" * 65)): (
+            "INVALID_FIELD_VALUE",
+            "64",
+        ),
+        ("command", b"[" * 100 + b"]" * 100): ("INVALID_MESSAGE", "nested"),
+        ("command", b" " * (128 << 10) + b"{}"): ("PAYLOAD_TOO_LARGE", "131074"),
+        ("device/esp_1/command", b'{"command_name": "x", "device_type": "*"}'): ("INVALID_FIELD_VALUE", "the topic names"),
+        ("device/esp_1/command", b'"stop"'): ("INVALID_MESSAGE", "object"),
+        ("device/esp_1/command", b"\xff"): ("INVALID_MESSAGE", "UTF-8"),
+        ("device/esp_1/command", b"x" * 256): ("INVALID_FIELD_VALUE", "command_name"),
+        ("device/esp_1,esp_2/command", b"stop"): ("INVALID_FIELD_VALUE", "device_id"),
+        ("device/ghost/command", b"stop"): ("DEVICE_NOT_FOUND", "ghost"),
+    }
+    async with broker.peer() as peer, gateway_at(broker, database) as client, client.board("esp_1") as board:
+        for (topic, payload), (code, words) in wrong.items():
+            before = len(peer.results())
+            await peer.publish(f"amhrpd/gw/{topic}", payload)
+            await peer.more("amhrpd/gw/result", before)
+            result = peer.results()[-1]
+            assert (result["error_code"], words in result["error"], result["transaction"]) == (code, True, None), result
+        await peer.publish("amhrpd/gw/command", b'{"device_type": "*", "command_name": "x", "wait": -1, "transaction": true}')
+        await peer.result(True, error_code="INVALID_FIELD_VALUE")
+        await peer.publish("amhrpd/gw/device/esp_1/command", b"")  # this is how a retained one is deleted
+        await peer.publish("amhrpd/gw/device/esp_1/command", b"stop")
+        assert (await hear(board, "command"))["command_name"] == "stop"  # nothing came before it
+
+
+@with_broker
+async def test_a_retained_command_is_never_obeyed(broker: Mosquitto, database: Path) -> None:
+    with logged() as events:
+        async with broker.peer() as peer:
+            topics = ("amhrpd/gw/device/esp_1/command", "amhrpd/all/command")
+            order = {"device_type": "*", "command_name": "open_garage", "transaction": "door"}
+            await peer.publish(topics[0], b"open_garage", retain=True)
+            await peer.publish(topics[1], json.dumps(order), retain=True)
+            async with gateway_at(broker, database) as client, client.board("esp_1") as board:
+                for _ in range(3):
+                    await eventually(lambda: is_at(client))
+                    result = await peer.result("door")
+                    assert "retain" in result["error"] and topics[1] in result["error"]
+                    await eventually(lambda: len(peer.results()) >= 2)
+                    peer.messages.clear()
+                    async with broker.peer(identifier="amhrpd-gw"):  # ends the gateway's connection, which it makes anew
+                        pass
+                await eventually(lambda: len(peer.results()) >= 2)
+                await peer.publish(topics[0], b"stop")
+                assert (await hear(board, "command"))["command_name"] == "stop"
+                assert len(named(events, "mqtt_command_refused")) == 2  # once a minute a topic
+
+
+@with_broker
+async def test_a_command_for_a_gateway_that_is_away_is_not_kept_for_it(broker: Mosquitto, database: Path) -> None:
+    async with gateway_on(database) as client, client.board("esp_1"):
+        pass
+    async with gateway_at(broker, database):
+        pass
+    async with broker.peer() as peer:
+        await peer.publish("amhrpd/gw/device/esp_1/command", b"go", qos=1)
+        async with gateway_at(broker, database) as client:
+            await peer.publish("amhrpd/gw/device/esp_1/command", b"go", qos=1)  # nor for a board that is
+            await eventually(lambda: [r for r in peer.results() if r["status"] == "no_devices"])
+            async with client.board("esp_1") as board:
+                await peer.publish("amhrpd/gw/device/esp_1/command", b"stop", qos=1)
+                assert (await hear(board, "command"))["command_name"] == "stop"
+
+
+@with_broker
+async def test_a_broker_that_lost_everything_is_told_it_again_and_commands_go_on(broker: Mosquitto, database: Path) -> None:
+    amhrpd.Broker.PAUSES_S = (0.5, 0.5)  # the other program is back first
+    async with gateway_at(broker, database) as client, client.board("esp_1") as board:
+        await say(board, "status", payload={"temperature": 20})
+        await eventually(broker_has(broker, "amhrpd/gw/device/esp_1/state"))
+        for _ in range(2):
+            broker.stop()
+            await eventually(lambda: is_away(client))
+            await say(board, "alert", device_id="esp_1", alert_type="collision", message="meanwhile")
+            await broker.start()
+            async with broker.peer() as peer:
+                await eventually(lambda: peer.last("amhrpd/gw/status") == b"online")
+                assert peer.messages[-1].topic.value == "amhrpd/gw/status"
+                for kind in ("status", "info", "state"):
+                    assert peer.all(f"amhrpd/gw/device/esp_1/{kind}"), kind
+                assert peer.all("homeassistant/device/amhrpd_gw_esp_1/config")
+                assert json.loads(peer.last("amhrpd/gw/device/esp_1/alert") or b"")["message"] == "meanwhile"
+                await peer.publish("amhrpd/gw/device/esp_1/command", b"stop")
+                assert (await hear(board, "command"))["command_name"] == "stop"
+
+
+def broker_has(broker: Mosquitto, topic: str, payload: bytes | None = None) -> Callable[[], Awaitable[bool]]:
+    async def look() -> bool:
+        kept = await broker.kept()
+        return topic in kept and payload in (None, kept[topic])
+
+    return look
+
+
+async def is_away(client: Client) -> bool:
+    return "since" in (await client.get("/health"))["mqtt"]
+
+
+@with_broker
+async def test_a_will_that_comes_late_is_corrected(broker: Mosquitto, database: Path) -> None:
+    async with broker.peer("amhrpd/gw/status") as peer, gateway_at(broker, database):
+        await eventually(lambda: peer.last("amhrpd/gw/status") == b"online")
+        await peer.publish("amhrpd/gw/status", b"offline", retain=True)
+        await eventually(lambda: peer.all("amhrpd/gw/status")[-2:] == [b"offline", b"online"])
+        assert (await broker.kept())["amhrpd/gw/status"] == b"online"
+
+
+@with_broker
+async def test_a_stop_leaves_everybody_offline_and_tells_what_came_last(broker: Mosquitto, database: Path) -> None:
+    async with broker.peer() as peer, contextlib.AsyncExitStack() as stack:
+        async with gateway_at(broker, database) as client:
+            board = await stack.enter_async_context(client.board("esp_1"))  # still there when the gateway stops
+            go = {"command_name": "go", "deadman": {"after": 60, "command_name": "stop"}}
+            await peer.publish("amhrpd/gw/device/esp_1/command", json.dumps(go))
+            await hear(board, "command")
+            await say(board, "status", payload={"n": 1})
+            await eventually(lambda: peer.all("amhrpd/gw/device/esp_1/state"))
+            await say(board, "status", payload={"n": 2})
+            await say(board, "alert", device_id="esp_1", alert_type="last", message="words")
+            await eventually(lambda: peer.all("amhrpd/gw/device/esp_1/alert"))
+        kept = await broker.kept()
+        assert (kept["amhrpd/gw/status"], kept["amhrpd/gw/device/esp_1/status"]) == (b"offline", b"offline")
+        assert json.loads(kept["amhrpd/gw/device/esp_1/state"]) == {"n": 2}  # though its second isn't over
+        assert json.loads(kept["amhrpd/gw/device/esp_1/info"])["is_online"] is False
+        await eventually(lambda: [result for result in peer.results() if result["command_name"] == "stop"])  # the deadman's
+        assert peer.last("amhrpd/gw/status") == b"offline"
+
+
+@with_broker
+async def test_a_gateway_that_dies_is_offline_by_its_will(broker: Mosquitto, database: Path) -> None:
+    async with process_on(database, AMHRPD_MQTT_URL=broker.url, AMHRPD_GATEWAY_ID="gw") as (process, _):
+        await eventually(broker_has(broker, "amhrpd/gw/status", b"online"))
+        process.popen.kill()
+        await eventually(broker_has(broker, "amhrpd/gw/status", b"offline"))
+
+
+@with_broker
+async def test_a_broker_that_is_not_there_is_in_nobodys_way(broker: Mosquitto, database: Path) -> None:
+    broker.stop()
+    async with gateway_on(database, **at(broker)) as client, client.board("esp_1") as board:
+        health = await client.get("/health")
+        assert health["status"] == "ok" and re.match(r"since \S+: .*[Cc]onnection refused", health["mqtt"]), health
+        await client.post("/command", {"device_id": "esp_1", "command_name": "blink"})
+        await hear(board, "command")
+        await broker.start()
+        await eventually(lambda: is_at(client))
+        await eventually(broker_has(broker, "amhrpd/gw/device/esp_1/status", b"online"))
+        broker.stop()
+
+
+@with_broker
+async def test_a_broker_that_hangs_is_in_nobodys_way_and_gets_everything_when_it_goes_on(
+    broker: Mosquitto, database: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amhrpd.Broker, "KEEPALIVE_S", 1)
+        async with gateway_at(broker, database) as client, client.board("esp_1") as board:
+            broker.signal(signal.SIGSTOP)
+            await say(board, "status", payload={"n": 1})
+            began_s = time.monotonic()
+            await client.post("/command", {"device_id": "esp_1", "command_name": "blink"})
+            await hear(board, "command")
+            assert time.monotonic() - began_s < 1
+            await eventually(lambda: is_away(client))
+            await say(board, "status", payload={"n": 2})
+            broker.signal(signal.SIGCONT)
+            await eventually(broker_has(broker, "amhrpd/gw/device/esp_1/state", b'{"n":2}'))
+            await eventually(broker_has(broker, "amhrpd/gw/status", b"online"))
+            async with broker.peer() as peer:
+                await peer.publish("amhrpd/gw/device/esp_1/command", b"stop")
+                assert (await hear(board, "command"))["command_name"] == "stop"
+            broker.signal(signal.SIGSTOP)  # nor does a stop wait for it
+            began_s = time.monotonic()
+    assert time.monotonic() - began_s < 5
+
+
+@with_broker
+async def test_a_broker_that_hangs_from_the_start_holds_up_no_stop(broker: Mosquitto, database: Path) -> None:
+    broker.signal(signal.SIGSTOP)
+    async with gateway_on(database, **at(broker)) as client:
+        await eventually(lambda: says_of_mqtt(client, "timed out"))
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 3
+
+
+@with_broker
+async def test_a_name_that_does_not_resolve_holds_up_no_stop(broker: Mosquitto, database: Path) -> None:
+    slow = (
+        "import socket, sys, time, amhrpd\n"
+        "real = socket.getaddrinfo\n"
+        "def getaddrinfo(host, *args, **kwargs):\n"
+        "    if host == 'broker.example': time.sleep(60)\n"
+        "    return real(host, *args, **kwargs)\n"
+        "socket.getaddrinfo = getaddrinfo\n"
+        "sys.exit(amhrpd.main([]))"
+    )
+    async with process_on(database, code=slow, AMHRPD_MQTT_URL="mqtt://broker.example") as (process, client):
+        assert await is_away(client)
+        process.popen.terminate()
+        began_s = time.monotonic()
+        assert await process.exit_code() == 0
+        assert time.monotonic() - began_s < 5
+
+
+@with_broker
+async def test_two_gateways_with_one_id_say_so_and_back_off(broker: Mosquitto, database: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, logged() as events:
+        patch.setattr(amhrpd.Broker, "SETTLED_S", 3.0)
+        patch.setattr(amhrpd.Broker, "PAUSES_S", (0.05, 0.4))
+        async with gateway_at(broker, database) as client, gateway_on(database.with_name("two.db"), **at(broker)) as other:
+            for gateway in (client, other):
+                notice = await eventually(functools.partial(notice_of, gateway))
+                assert "another gateway with the id gw" in notice
+            async with client.board("esp_1") as board:
+                await client.post("/command", {"device_id": "esp_1", "command_name": "blink"})
+                await hear(board, "command")
+            before = len(named(events, "mqtt_connected"))
+            await asyncio.sleep(1)
+            assert len(named(events, "mqtt_connected")) - before <= 8
+        assert [event for event in events if "another gateway" in str(event.get("problem"))]
+
+
+async def notice_of(client: Client) -> str:
+    return str((await client.get("/health")).get("notice") or "")
+
+
+@with_broker
+async def test_states_are_paced_and_the_latest_always_arrives(broker: Mosquitto, database: Path) -> None:
+    async with broker.peer("amhrpd/#") as peer, gateway_at(broker, database) as client, client.board("esp_1") as board:
+        began_s = time.monotonic()
+        number = 0
+        while time.monotonic() - began_s < 2.2:  # steadily, with no pause that anybody could wait for
+            number += 1
+            await say(board, "status", payload={"n": number})
+            await asyncio.sleep(0.01)
+        await eventually(lambda: peer.last("amhrpd/gw/device/esp_1/state") == b'{"n":%d}' % number)
+        assert 3 <= len(peer.all("amhrpd/gw/device/esp_1/state")) <= 5
+
+
+@with_broker
+async def test_states_of_all_boards_take_turns(broker: Mosquitto, database: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amhrpd.Outbox, "TURN_S", 0.5)  # ten boards in half a second
+        patch.setattr(amhrpd.Outbox, "STATE_PAUSE_S", 0.0)
+        async with (
+            broker.peer("amhrpd/#") as peer,
+            gateway_at(broker, database) as client,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            boards = [await stack.enter_async_context(client.board(f"esp_{n}")) for n in range(20)]
+            await asyncio.sleep(0.6)
+            peer.messages.clear()
+
+            async def flood() -> None:
+                while True:
+                    for board in boards:
+                        await say(board, "status", payload={"t": time.monotonic()})
+                    await asyncio.sleep(0.02)
+
+            async with background(flood()):
+                await eventually(lambda: len([m for m in peer.messages if m.topic.value.endswith("/state")]) >= 40)
+            counts = [len(peer.all(f"amhrpd/gw/device/esp_{n}/state")) for n in range(20)]
+            assert max(counts) - min(counts) <= 1, counts
+
+
+@with_broker
+async def test_what_is_deleted_is_gone_from_the_broker(broker: Mosquitto, database: Path) -> None:
+    async with broker.peer() as peer, gateway_at(broker, database) as client:
+        for device_id in ("a.1", "b"):
+            async with client.board(device_id) as board:
+                await say(board, "status", payload={"temperature": 1})
+                await peer.more(f"amhrpd/gw/device/{device_id}/state", 0)
+        await eventually(
+            lambda: len([t for t in configs(peer) if "a_1" in t]) == 1 and len([t for t in configs(peer) if "gw_b/" in t]) == 1
+        )
+        peer.messages.clear()
+        assert (await client.ask("DELETE", "/devices/a.1"))[0] == 200
+        await eventually(lambda: peer.all("amhrpd/gw/device/a.1/info"))
+        assert "homeassistant" in peer.messages[0].topic.value
+        assert not [topic for topic in await broker.kept() if "a.1" in topic or "a_1" in topic]
+    async with gateway_on(database) as client:  # deleted while the gateway isn't at the broker
+        assert (await client.ask("DELETE", "/devices/b"))[0] == 200
+    async with broker.peer() as peer:
+        assert [topic for topic in await broker.kept() if "/b/" in topic]
+        async with gateway_at(broker, database):
+            await eventually(lambda: b"" in peer.all("amhrpd/gw/device/b/info"))
+            assert not [topic for topic in await broker.kept() if "/b/" in topic or "gw_b" in topic]
+
+
+def configs(peer: Peer) -> dict[str, Any]:
+    """The latest lists of entities, by topic."""
+    lists = {m.topic.value: payload_of(m) for m in peer.messages if m.topic.value.startswith("homeassistant/device/")}
+    return {topic: json.loads(payload) for topic, payload in lists.items() if payload}
+
+
+@with_broker
+async def test_home_assistant_is_told_of_every_board(broker: Mosquitto, database: Path) -> None:
+    state = {
+        "temperature": 21.5,
+        "batteryVoltage": 3.7,
+        "rssi": -60,
+        "door_open": False,
+        "mode": "auto",
+        "items": 3,
+        "x' if true else cycler('": 1,
+        "a.b/c+#": 1,
+        "{{ 7*7 }}": "text",
+        "n" * 41: 1,
+        "nested": {"a": 1},
+        "long": "x" * 65,
+        "nothing": None,
+    }
+    async with broker.peer() as peer, gateway_at(broker, database) as client:
+        async with client.board("esp.1", "ESP32", metadata={"firmware_version": "2.0"}) as board:
+            await say(board, "status", payload=state)
+            topic = await eventually(lambda: next((t for t in configs(peer) if "esp_1" in t), None))
+            assert re.fullmatch(r"homeassistant/device/amhrpd_gw_esp_1_[0-9a-f]{6}/config", topic)
+            await eventually(lambda: len(configs(peer)[topic]["components"]) == 10)
+        config = configs(peer)[topic]
+        object_id = topic.split("/")[2]
+        assert config["device"] == {
+            "identifiers": [object_id],
+            "manufacturer": "AMHR-PD",
+            "name": "esp.1",
+            "model": "ESP32",
+            "sw_version": "2.0",
+            "via_device": "amhrpd_gw",
+        }
+        assert [where["topic"] for where in config["availability"]] == ["amhrpd/gw/status", "amhrpd/gw/device/esp.1/status"]
+        assert config["availability_mode"] == "all"
+        parts = config["components"]
+        assert {part["unique_id"] for part in parts.values()} == {f"{object_id}_{key}" for key in parts}
+        readings = {part["name"]: part for key, part in parts.items() if part.get("state_topic", "").endswith("/state")}
+        assert readings.keys() == {"temperature", "batteryVoltage", "rssi", "door open", "mode", "items"}
+        for part in readings.values():  # one that is missing, or of another type, is no error there
+            template = (
+                r"\{% set v = value_json\['\w+'\] if value_json is defined else none %\}\{\{ .* if v is .* else '(None)?' \}\}"
+            )
+            assert re.fullmatch(template, part["value_template"]), part
+        assert (readings["temperature"]["unit_of_measurement"], readings["temperature"]["device_class"]) == (
+            "°C",
+            "temperature",
+        )
+        assert (readings["batteryVoltage"]["unit_of_measurement"], readings["rssi"]["device_class"]) == ("V", "signal_strength")
+        assert (readings["door open"]["platform"], readings["mode"]["platform"]) == ("binary_sensor", "sensor")
+        assert (parts["online"]["device_class"], parts["stop"]["payload_press"], parts["command"]["platform"]) == (
+            "connectivity",
+            "stop",
+            "notify",
+        )
+        assert parts["alert"]["event_types"] == ["alert", "error"]
+        gateway = configs(peer)["homeassistant/device/amhrpd_gw/config"]["components"]
+        assert gateway["devices_online"]["state_topic"] == "amhrpd/gw/info"
+        await eventually(lambda: json.loads(peer.last("amhrpd/gw/info") or b"{}").get("devices_online") == 0)
+        order = gateway["stop"]["payload_press"]
+        async with client.board("b") as board:
+            await peer.publish(gateway["stop"]["command_topic"], order)
+            assert (await hear(board, "command"))["command_name"] == "stop"
+
+
+def test_units_follow_from_names() -> None:
+    for name, unit in {
+        "temperature": "°C",
+        "water_temp": "°C",
+        "temperature_f": "°F",
+        "temperatureC": "°C",
+        "battery": "%",
+        "battery_percent": "%",
+        "battery_voltage_mv": "mV",
+        "motor_current": "A",
+        "pressure_pa": "Pa",
+        "distance": "cm",
+        "distance_mm": "mm",
+        "rssi": "dBm",
+        "speed": None,
+        "temperature_count": None,
+        "": None,
+    }.items():
+        assert amhrpd.quantity_of(name).get("unit_of_measurement") == unit, name
+
+
+@with_broker
+async def test_home_assistant_is_told_again_only_of_new_readings_and_when_it_is_back(broker: Mosquitto, database: Path) -> None:
+    topic = "homeassistant/device/amhrpd_gw_esp_1/config"
+    async with broker.peer() as peer, gateway_at(broker, database) as client, client.board("esp_1") as board:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(amhrpd.Outbox, "STATE_PAUSE_S", 0.0)
+            for number, state in enumerate(({"a": 1}, {"b": 2}, {"a": "text by now"}, {"a": 2, "b": 3})):
+                await say(board, "status", payload=state)
+                await peer.more("amhrpd/gw/device/esp_1/state", number)
+                assert json.loads(peer.last("amhrpd/gw/device/esp_1/state") or b"{}") == state
+                await asyncio.sleep(0.15)
+        assert 1 <= len(peer.all(topic)) <= 3  # when it came, and for each that is new
+        assert configs(peer)[topic]["components"].keys() >= {"number_a", "number_b"}
+        before = len(peer.all(topic))
+        await peer.publish("homeassistant/status", b"online")
+        await eventually(lambda: len(peer.all(topic)) == before + 1)
+        assert len(peer.all("homeassistant/device/amhrpd_gw/config")) >= 2
+
+
+@with_broker
+async def test_without_a_prefix_home_assistant_is_told_nothing(broker: Mosquitto, database: Path) -> None:
+    async with broker.peer() as peer, gateway_at(broker, database, mqtt_discovery="") as client, client.board("esp_1") as board:
+        await say(board, "status", payload={"a": 1})
+        await eventually(lambda: peer.last("amhrpd/gw/device/esp_1/state"))
+        assert not configs(peer)
+    assert not [message for message in peer.messages if not message.topic.value.startswith(("amhrpd/", "mark/"))]
+
+
+@with_broker
+async def test_one_board_at_two_gateways_is_two(broker: Mosquitto, database: Path) -> None:
+    ids = ("a", "a_b")
+    async with (
+        broker.peer() as peer,
+        gateway_at(broker, database, gateway_id=ids[0]) as one,
+        gateway_at(broker, database.with_name("two.db"), gateway_id=ids[1]) as two,
+        one.board("b_c") as board_1,
+        two.board("c") as board_2,
+        one.board("esp_1") as board_3,
+        two.board("esp_1") as board_4,
+    ):
+        await eventually(lambda: len(configs(peer)) == 6)
+        unique_ids = [part["unique_id"] for config in configs(peer).values() for part in config["components"].values()]
+        assert len(unique_ids) == len(set(unique_ids))
+        await peer.publish("amhrpd/all/command", b'{"device_type": "*", "command_name": "stop"}')
+        for board in (board_1, board_2, board_3, board_4):
+            assert (await hear(board, "command"))["command_name"] == "stop"
+
+
+@with_broker
+async def test_a_flood_of_commands_holds_up_nobody_and_grows_no_queue(broker: Mosquitto, database: Path) -> None:
+    def text(value: bytes) -> bytes:
+        return struct.pack("!H", len(value)) + value
+
+    def packet(kind: int, body: bytes) -> bytes:
+        return bytes([kind, len(body)]) + body
+
+    packets = [
+        packet(0x30, text(b"amhrpd/gw/device/esp_1/command") + b"blink"),
+        packet(0x30, text(b"amhrpd/gw/command") + b'{"device_type": "none", "command_name": "x"}'),
+        packet(0x30, text(b"amhrpd/all/command") + b"{"),
+    ]
+    program = (
+        "import socket\n"
+        f"flood = socket.create_connection(('127.0.0.1', {broker.port}))\n"
+        f"flood.sendall({packet(0x10, text(b'MQTT') + bytes((4, 2, 0, 0)) + text(b'flood'))!r})\n"
+        f"while True: flood.sendall({b''.join(packets)!r} * 100)"
+    )
+    heard: set[str] = set()
+
+    async def listen(board: ClientConnection) -> None:
+        async for frame in board:
+            heard.update([json.loads(frame)["command_name"]])
+
+    amhrpd.Incoming.MAX_AT_ONCE = 3  # with_broker puts it back
+    async with gateway_at(broker, database) as client, client.board("esp_1") as board, background(listen(board)):
+        flood = subprocess.Popen([sys.executable, "-c", program])
+        try:
+            await eventually(lambda: "blink" in heard)
+            times_s, at_once = [], 0
+            for number in range(10):
+                began_s = time.monotonic()
+                await client.post("/command", {"device_id": "esp_1", "command_name": f"stop_{number}"})
+                await eventually(functools.partial(heard.__contains__, f"stop_{number}"))
+                times_s.append(time.monotonic() - began_s)
+                at_once = max(at_once, len([task for task in asyncio.all_tasks() if "Incoming." in repr(task)]))
+            assert sorted(times_s)[5] < 1.0, times_s
+            assert 0 < at_once <= amhrpd.Incoming.MAX_AT_ONCE
+        finally:
+            flood.kill()
+            flood.wait()
+        async with broker.peer() as peer:
+
+            async def is_obeyed() -> bool:
+                await peer.publish("amhrpd/gw/device/esp_1/command", b"after")
+                await asyncio.sleep(0.1)
+                return "after" in heard
+
+            await eventually(is_obeyed)
+
+
+@with_broker
+async def test_what_waits_for_a_broker_is_bounded_and_the_oldest_gives_way(broker: Mosquitto, database: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amhrpd.Outbox, "MAX_QUEUED", 5)
+        broker.stop()
+        async with gateway_on(database, **at(broker)) as client, client.board("esp_1") as board:
+            for number in range(12):
+                await say(board, "alert", device_id="esp_1", alert_type="count", message=f"{number}")
+            await eventually(lambda: metric_is(client, "amhrpd_mqtt_dropped_total", 7))
+            await broker.start()
+            async with broker.peer() as peer:
+                await eventually(lambda: is_at(client))
+                await eventually(lambda: len(peer.all("amhrpd/gw/device/esp_1/alert")) >= 5)
+                alerts = [json.loads(payload)["message"] for payload in peer.all("amhrpd/gw/device/esp_1/alert")]
+                assert alerts == ["7", "8", "9", "10", "11"]
+            assert await metric_is(client, "amhrpd_mqtt_connected", 1)
+
+
+async def metric_is(client: Client, name: str, value: float) -> bool:
+    async with client.session.get(f"http://127.0.0.1:{client.port}/metrics") as response:
+        families = text_string_to_metric_families(await response.text())
+    found = [sample.value for family in families for sample in family.samples if sample.name == name]
+    return bool(found) and sum(found) == value
+
+
+@with_broker
+async def test_commands_that_waited_while_the_gateway_stood_still_are_refused(broker: Mosquitto, database: Path) -> None:
+    async with (
+        broker.peer() as peer,
+        process_on(database, AMHRPD_MQTT_URL=broker.url, AMHRPD_GATEWAY_ID="gw") as (process, client),
+        client.board("esp_1") as board,
+    ):
+        await eventually(lambda: is_at(client))
+        process.popen.send_signal(signal.SIGSTOP)
+        for number in range(3):
+            await peer.publish("amhrpd/gw/device/esp_1/command", json.dumps({"command_name": "go", "transaction": number}))
+        await asyncio.sleep(1.5)
+        process.popen.send_signal(signal.SIGCONT)
+        for number in range(3):
+            assert "waited over 1 s" in (await peer.result(number, error_code="REQUEST_TIMEOUT"))["error"]
+
+        async def is_obeyed() -> bool:
+            await peer.publish("amhrpd/gw/device/esp_1/command", b"stop")
+            await asyncio.sleep(0.1)
+            return any(result.get("command_name") == "stop" for result in peer.results())
+
+        await eventually(is_obeyed)
+        assert (await hear(board, "command"))["command_name"] == "stop"
+
+
+@with_broker
+async def test_the_password_is_shown_to_nobody(broker: Mosquitto, database: Path) -> None:
+    passwords = database.with_name("passwords")
+    command = ["mosquitto_passwd", "-b", "-c", str(passwords), "pi", "ge/h:eim"]
+    subprocess.run(command, check=True, capture_output=True)
+    guarded = Mosquitto(
+        database.parent, "allow_anonymous false", f"password_file {passwords}", "user root", user="pi:ge%2Fh%3Aeim@"
+    )
+    await guarded.start()
+    try:
+        async with process_on(database, AMHRPD_MQTT_URL=guarded.url, AMHRPD_LOG_LEVEL="debug") as (process, client):
+            await eventually(lambda: is_at(client))
+            shown = Path(f"/proc/{process.popen.pid}/cmdline").read_text() + process.log + str(await client.get("/health"))
+        with logged() as events:
+            async with gateway_on(database, mqtt_url=guarded.url.replace("eim@", "eim2@")) as client:
+                await eventually(lambda: says_of_mqtt(client, "ot authori"))
+                shown += str(await client.get("/health")) + str(events)
+    finally:
+        guarded.stop()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        patch.setenv("AMHRPD_MQTT_URL", guarded.url)
+        amhrpd.main(["--help"])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+        patch.setenv("AMHRPD_MQTT_URL", f"{guarded.url}:70000")
+        assert amhrpd.main([]) == 2
+        assert amhrpd.main(["--mqtt-url", "mqtt://pi"]) == 2  # never a flag
+    shown += out.getvalue() + err.getvalue()
+    assert "AMHRPD_MQTT_URL is (hidden)" in shown and "eim" not in shown and "ge%2F" not in shown
+
+
+async def says_of_mqtt(client: Client, words: str) -> bool:
+    return words in (await client.get("/health"))["mqtt"]
+
+
+@needing_openssl
+@with_broker
+async def test_tls_is_checked_against_the_certificates_that_are_set(broker: Mosquitto, database: Path) -> None:
+    cert, key = database.with_name("cert.pem"), database.with_name("key.pem")
+    make_certificate(cert, key, "-nodes")
+    secure = Mosquitto(database.parent, "allow_anonymous true", f"certfile {cert}", f"keyfile {key}", "user root")
+    await secure.start()
+    url = secure.url.replace("mqtt://", "mqtts://")
+    try:
+        async with gateway_on(database, mqtt_url=url, mqtt_ca=cert) as client:
+            await eventually(lambda: is_at(client))
+        async with gateway_on(database, mqtt_url=url) as client:
+            await eventually(lambda: says_of_mqtt(client, "CERTIFICATE_VERIFY_FAILED"))
+        async with gateway_on(database, mqtt_url=url, mqtt_ca=cert.with_name("none.pem")) as client:
+            await eventually(lambda: says_of_mqtt(client, "No such file"))
+    finally:
+        secure.stop()
+
+
+def test_without_a_broker_nothing_of_it_is_there(database: Path) -> None:
+    program = (
+        "import asyncio, sys, amhrpd\n"
+        "async def main():\n"
+        "    stop = asyncio.Event()\n"
+        f"    settings = amhrpd.Settings(host='127.0.0.1', port=0, database_url='sqlite:///{database}')\n"
+        "    await amhrpd.serve(settings, stop, lambda port: stop.set())\n"
+        "asyncio.run(main())\n"
+        "print([name for name in sys.modules if 'mqtt' in name])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, timeout=30, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_settings_of_a_broker() -> None:
+    load = amhrpd.Settings.load
+    for url in ("mqtt://pi", "mqtt://u:p%40@10.0.0.1:1883/", "mqtts://u@[::1]:65535"):
+        assert load({}, {"AMHRPD_MQTT_URL": url}).mqtt_url == url
+    for environ in (
+        {"AMHRPD_MQTT_URL": "http://u:geheim@pi"},
+        {"AMHRPD_MQTT_URL": "mqtt://u:geheim@pi:65536"},
+        {"AMHRPD_GATEWAY_ID": "all"},
+        {"AMHRPD_GATEWAY_ID": "living.room"},
+        {"AMHRPD_GATEWAY_ID": "x" * 65},
+        {"AMHRPD_MQTT_DISCOVERY": "home/#"},
+    ):
+        with pytest.raises(amhrpd.ConfigError) as error:
+            load({}, environ)
+        assert next(iter(environ)) in str(error.value) and "geheim" not in str(error.value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, gateway_id in {"pi4.home.lan": "pi4-home-lan", "all": "gateway", "": "gateway"}.items():
+            patch.setattr(socket, "gethostname", lambda name=name: name)
+            assert load({}, {}).gateway_id == gateway_id
+    assert load({}, {}).mqtt_discovery == "homeassistant"
+    assert load({"mqtt_discovery": ""}, {"AMHRPD_MQTT_DISCOVERY": "x"}).mqtt_discovery == ""
+    assert load({}, {"AMHRPD_MQTT_DISCOVERY": ""}).mqtt_discovery == ""
 
 
 # ======================================================================================================================
@@ -3029,6 +4172,8 @@ def test_bad_settings_end_the_start_with_one_line() -> None:
         ("AMHRPD_ALLOWED_ORIGINS", "example.org"): ("AMHRPD_ALLOWED_ORIGINS", "'example.org'", "scheme://"),
         ("DATABASE_URL", "postgresql://x/y"): ("DATABASE_URL", "sqlite:///"),
         ("DATABASE_URL", "sqlite://"): ("DATABASE_URL", "sqlite:///"),
+        ("DATABASE_URL", "sqlite:///a\rb.db"): ("DATABASE_URL", "sqlite:///"),
+        ("AMHRPD_SYNC_INTERVAL", "-1"): ("AMHRPD_SYNC_INTERVAL", "'-1'", "0 to 3600"),
         ("AMHRPD_TLS_CERT", "cert.pem"): ("AMHRPD_TLS_KEY", "both or neither"),
     }.items():
         with pytest.raises(amhrpd.ConfigError) as error:
@@ -3047,11 +4192,23 @@ def test_flags_win_over_the_environment_and_defaults_are_the_documented_ones() -
     settings = amhrpd.Settings.load({"port": "9000"}, {"AMHRPD_PORT": "9001", "AMHRPD_HOST": "::1", "AMHRPD_LOG_LEVEL": ""})
     assert (settings.port, settings.host, settings.log_level) == (9000, "::1", "info")
     assert amhrpd.Settings.load({}, {"DATABASE_URL": "sqlite:////var/x.db"}).database_path == Path("/var/x.db")
+    assert amhrpd.Settings.load({}, {"DATABASE_URL": " sqlite:///x y.db \r\n"}).database_path == Path("x y.db")
+    assert amhrpd.Settings.load({"api_token": None}, {"AMHRPD_API_TOKEN": "12345678\r\n"}).api_token == "12345678"
     assert amhrpd.Settings.load({}, {}) == amhrpd.Settings()
     d = amhrpd.Settings()
     assert (d.host, d.port, d.database_path) == ("0.0.0.0", 8000, Path("amhrpd.db"))
     assert (d.ping_interval_s, d.heartbeat_timeout_s, d.registration_timeout_s, d.command_timeout_s) == (20, 90, 10, 30)
     assert (d.commit_interval_s, d.max_message_bytes, d.log_level, d.log_format) == (1, 65536, "info", "auto")
+    assert (d.sync_interval_s, amhrpd.Settings.load({"sync_interval_s": "0"}, {}).sync_interval_s) == (5, 0)
+
+
+@in_a_loop
+async def test_folder_whose_name_is_no_utf8_is_as_good_as_any(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    async with process_on(folder / "amhrpd.db") as (_, client):
+        assert (await client.get("/health"))["database"] == "ok"
+    assert (folder / "amhrpd.db").stat().st_size > 0
 
 
 def test_help_and_version_and_import(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3108,7 +4265,7 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         cases: list[tuple[dict[str, str], tuple[str, ...]]] = [
             ({"port": port}, ("127.0.0.1", port, "in use")),
-            ({"host": "192.0.2.1"}, ("192.0.2.1", "Cannot assign")),
+            ({"host": "192.0.2.1"}, ("can't listen on 192.0.2.1 port 0: Cannot assign requested address",)),
             ({"host": "127.0.0..1"}, ("127.0.0..1",)),
             ({"host": "nobody.invalid"}, ("nobody.invalid",)),
             ({"database_url": "sqlite:////proc/amhrpd.db"}, ("/proc/amhrpd.db",)),
@@ -3130,6 +4287,16 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
         assert result.returncode == 1
         assert result.stderr == f"amhrpd: can't listen on 127.0.0.1 port {port}: Address already in use\n"
     assert (tmp_path / "text.db").read_text() == "just some notes\n"
+
+
+def test_start_with_hardly_any_open_files_ends_with_one_line(tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100)); import amhrpd; exit(amhrpd.main([]))"
+    environ = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/fresh.db", "AMHRPD_PORT": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", limit], capture_output=True, text=True, cwd=HERE, env=environ, timeout=20, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr == "amhrpd: the system allows 100 open files (ulimit -n): it must be 200 or more\n"
 
 
 def test_variable_that_nobody_knows_ends_the_start_with_the_one_that_was_meant(
@@ -3237,10 +4404,10 @@ async def test_it_says_what_to_open(database: Path, tmp_path: Path, monkeypatch:
         for host in ("0.0.0.0", "127.0.0.1", "localhost"):
             async with gateway_on(database, host=host) as client:
                 shown = named(events, "listening")[-1]["open"].split()
-                assert shown
-                for url in shown:
-                    async with client.session.get(url + "health") as response:
-                        assert response.status == 200
+                name = f"{socket.gethostname().partition('.')[0]}.local" if host == "0.0.0.0" else host
+                assert shown[-1] == f"http://{name}:{client.port}/"
+                async with client.session.get(shown[0] + "health") as response:
+                    assert response.status == 200
                 await eventually(lambda shown=shown: systemd.heard_since(0, f"open {shown[0]}"))  # type: ignore[misc]
 
 
@@ -3249,12 +4416,26 @@ async def test_library_that_repeats_itself_is_logged_once_a_minute(database: Pat
     code = (
         "import logging, amhrpd\n"
         "amhrpd.configure_logging('info', 'json')\n"
-        "for number in range(50): logging.getLogger('aiohttp.server').error('failed %d', number, exc_info=ValueError())\n"
-        "amhrpd.repeats.report(everything=True)"
+        "def fail(number): logging.getLogger('aiohttp.server').error('failed %d', number, exc_info=ValueError())\n"
+        "for number in range(50): fail(number)\n"
+        "amhrpd.Repeats.WINDOW_S = 0\n"
+        "fail(50)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=20, check=True)
-    first, counted = map(json.loads, result.stderr.splitlines())
-    assert (first["event"], "ValueError" in first["exception"], counted["repeats"]) == ("failed 0", True, 49)
+    first, last = map(json.loads, result.stderr.splitlines())
+    assert (first["library"], first["text"], "ValueError" in first["exception"]) == ("aiohttp.server", "failed 0", True)
+    assert (last["text"], last["repeats"]) == ("failed 50", 49)
+
+
+def test_flood_of_events_is_a_line_a_minute_whatever_they_are_about() -> None:
+    with logged() as events:
+        for number in range(3000):
+            amhrpd.log.warning("open_command_ended_early", problem="newer ones need its place")
+            amhrpd.log.info("command_routed", command_id=str(number))
+            amhrpd.log.warning("message_refused", device_id=f"made_up_{number}")
+        assert len(named(events, "open_command_ended_early")) == 1
+        assert len(named(events, "command_routed")) == 3000  # each tells something else
+        assert len(named(events, "message_refused")) <= amhrpd.Repeats.MAX_KEYS
 
 
 @in_a_loop
@@ -3274,7 +4455,7 @@ async def test_what_repeats_itself_is_kept_small(database: Path) -> None:
 def test_log_lines_that_nobody_takes_stop_nothing_and_are_counted() -> None:
     code = (
         "import sys, amhrpd\n"
-        "amhrpd.BackgroundHandler.MAX_WAITING = 500\n"
+        "amhrpd.LogLines.MAX_LINES = 500\n"
         "amhrpd.configure_logging('info', 'json')\n"
         "for number in range(5000): amhrpd.log.info('line', number=number)\n"  # 500 KB; a pipe holds 64
         "print('done', flush=True)\n"
@@ -3287,7 +4468,7 @@ def test_log_lines_that_nobody_takes_stop_nothing_and_are_counted() -> None:
     assert popen.stdout.readline() == b"done\n"
     _, shown = popen.communicate(timeout=20)
     events = [json.loads(line) for line in shown.splitlines()]
-    dropped = sum(int(event["event"].partition("log_lines_dropped count=")[2] or 0) for event in events)
+    dropped = sum(event["count"] for event in named(events, "log_lines_dropped"))
     assert dropped > 1000
     assert len(named(events, "line")) + dropped == 5000
 
@@ -3296,16 +4477,45 @@ def test_log_lines_that_nobody_takes_stop_nothing_and_are_counted() -> None:
 async def test_defect_in_the_upkeep_is_a_stop_in_order_with_exit_code_1(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
     with logged() as events:
         async with gateway_on(database, exit_code=1) as client, client.board("a") as board:
             monkeypatch.setattr(amhrpd.Gateway, "sweep", fail)
             assert await closed_with(board) == 1001
-        assert "ZeroDivisionError" in named(events, "step_failed")[0]["exception"]
+        assert "ZeroDivisionError" in named(events, "failed")[0]["exception"]
         assert named(events, "stopped")
     assert rows_of(database, "SELECT count(*) FROM devices WHERE is_online") == [(0,)]
+
+
+@in_a_loop
+async def test_file_that_is_not_what_it_was_is_a_stop_in_order_with_exit_code_1(database: Path) -> None:
+    with logged() as events:
+        async with gateway_on(database, exit_code=1) as client, client.board("a") as board:
+            client.store.is_lost.set()
+            assert await closed_with(board) == 1001
+        (failed,) = named(events, "failed")
+        assert (failed["error"], "exception" in failed) == ("the database's file is not what it was", False)
+        assert named(events, "stopped")[0]["exit_code"] == 1
+    assert rows_of(database, "SELECT count(*) FROM devices WHERE is_online") == [(0,)]
+
+
+@in_a_loop
+async def test_start_that_takes_its_time_says_so(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_store = amhrpd.Store.open
+
+    async def open_slowly(self: amhrpd.Store, on_loaded: Any, on_progress: Callable[[str], None]) -> None:
+        on_progress("making an index")
+        await open_store(self, on_loaded, on_progress)
+
+    monkeypatch.setattr(amhrpd.Store, "open", open_slowly)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with NotifySocket(str(tmp_path / "notify")) as systemd, logged() as events:
+        async with gateway_on(database):
+            heard = systemd.listen()
+            assert heard.index("STATUS=making an index\nEXTEND_TIMEOUT_USEC=600000000") < heard.index("READY=1")
+        assert named(events, "starting")[0]["progress"] == "making an index"
 
 
 @in_a_loop
@@ -3518,28 +4728,6 @@ async def test_both_ip_families_are_served(database: Path, host: str) -> None:
             assert events[0]["details"]["peer"] == "127.0.0.1"
 
 
-def connected_to(port: int) -> socket.socket:
-    connection = socket.socket()
-    connection.connect(("127.0.0.1", port))
-    connection.setblocking(False)
-    return connection
-
-
-@in_a_loop
-async def test_name_with_an_address_that_the_machine_lacks_is_served_on_the_others(
-    database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `localhost` on a machine with IPv6 off."""
-    found = [(family, 1, 6, "", (address, 0)) for family, address in ((2, "192.0.2.1"), (2, "127.0.0.1"))]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    async with gateway_on(database, host="here.example") as client:
-        reader, writer = await asyncio.open_connection(sock=connected_to(client.port))
-        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        async with asyncio.timeout(PATIENCE_S):
-            assert b" 200 " in await reader.readline()
-        writer.close()
-
-
 # ======================================================================================================================
 # Nothing lost: faults of the store
 # ======================================================================================================================
@@ -3616,56 +4804,87 @@ async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(databa
         assert "Traceback" not in process.log
 
 
+def leave(database: Path) -> None:
+    """What a run leaves that was killed while it drove a board."""
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE devices SET is_online = 1, disconnected_at = NULL")
+        db.execute("UPDATE device_connection_logs SET event = 'connected' WHERE event = 'disconnected'")
+        db.execute("INSERT INTO amhrpd_deadmen VALUES ('a', 'halt', '{}')")
+
+
+async def serves_without_its_file(client: Client, heal: Callable[[], Any], known: list[str]) -> None:
+    """What a gateway does whose file can't be opened yet, and when it can be. `known` are the events of `a` in the file."""
+    assert "can't open the database: " in (await client.get("/health", 503))["database"]
+    async with client.board("a", None) as board:
+        await say(board, "status", device_type="ESP32", payload={"while": "it couldn't"})
+        await eventually(lambda: client.is_online("a"))
+        async with background(answer_commands(board)):
+            answer = await client.post("/command?device_id=a&command_name=stop&wait=5")
+            assert (answer["status"], answer["persisted"]) == ("ack_success", False)
+        heal()
+        await eventually(lambda: health_is(client, 200))
+        assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
+        assert await client.events("a") == [*known, "connected"]
+        states = (await client.get("/state-history/a?limit=2"))["states"]
+        assert states[0]["state_data"] == {"while": "it couldn't"}
+        if known:
+            assert states[1]["state_data"]["n"] == 29
+            assert (await hear(board, "command"))["command_name"] == "halt"  # which the last run left
+            await eventually(lambda: is_disarmed(client, "a"))
+            assert rows_of(client.database, "SELECT metadata_json FROM devices") == [('{"name":"it is a"}',)]
+
+
+KNOWN = ["connected", "connected", "disconnected"]  # `leave` has no second one
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["old file", "new file"])
 @in_a_loop
-async def test_start_on_a_full_disk_serves_and_catches_up(tmp_path: Path) -> None:
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)); "
-    limit += f"sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
-
-    async def start_on(database: Path, left: str) -> None:
-        async with process_on(database, code=limit) as (process, client):
-            assert "the database" in (await client.get("/health", 503))["database"]
-            async with client.board("b", None) as board, background(answer_commands(board)):
-                await say(board, "heartbeat", device_type="ESP32")
-                await eventually(lambda: client.is_online("b"))
-                answer = await client.post("/command?device_id=b&command_name=stop&wait=5")
-                assert (answer["status"], answer["persisted"]) == ("ack_success", False)
-                resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-                await eventually(lambda: health_is(client, 200))
-                assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
-                is_known = left == "a clean stop"
-                if is_known:  # asked of all, as a question about one looks into the file
-                    shown = {device["device_id"]: device["metadata"] for device in (await client.get("/devices"))["devices"]}
-                    assert shown["b"] == {"name": "it is b"}
-                assert await client.events("b") == [*(["connected", "disconnected"] if is_known else []), "connected"]
-                known = {"a", "b"} if is_known else {"b"}
-                await eventually(lambda: knows(client, known))
-                assert ("corrupt" in str(await notice(client))) == (left == "damage")
-                if left == "a clean stop":
-                    assert (await client.get("/state-history/a?limit=1000"))["total"] == 300
-            process.popen.terminate()
-            assert await process.exit_code() == 0
-            assert "Traceback" not in process.log
-
-    async def stop_on(database: Path) -> None:
-        async with process_on(database, code=limit) as (process, client):
-            await eventually(lambda: health_is(client, 503))
-            began_s = time.monotonic()
-            process.popen.terminate()
-            assert await process.exit_code() == 0
-            assert time.monotonic() - began_s < 5
-        assert (process.log.count('"error"'), process.log.count("database_open_failed")) == (1, 1)
-
-    databases = {left: tmp_path / f"{left}.db" for left in ("a clean stop", "nothing", "damage")}
-    await fill(databases["a clean stop"], 300)
-    async with gateway_on(databases["a clean stop"]) as client, client.board("b", metadata={"name": "it is b"}):
-        pass
-    await fill(databases["damage"], 300)
-    spoil(databases["damage"], 20)
-    await asyncio.gather(*(start_on(database, left) for left, database in databases.items()), stop_on(tmp_path / "none.db"))
+async def test_start_on_a_full_disk_serves_and_catches_up(database: Path, is_new: bool) -> None:
+    """A file-size limit: SQLite's writes fail as on a full disk, until it is lifted."""
+    limit = f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)); sys.exit(amhrpd.main([]))"
+    if not is_new:
+        await fill(database, 30)
+        leave(database)
+    async with process_on(database, code=limit) as (process, client):
+        no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        heal = functools.partial(resource.prlimit, process.popen.pid, resource.RLIMIT_FSIZE, no_limit)
+        await serves_without_its_file(client, heal, [] if is_new else KNOWN)
+        process.popen.terminate()
+        assert await process.exit_code() == 0
+        assert (process.log.count("database_write_failed"), "Traceback" in process.log) == (1, False)
+    async with process_on(database.with_name("none.db"), code=limit) as (process, client):
+        began_s = time.monotonic()
+        process.popen.terminate()
+        assert await process.exit_code() == 0  # nothing was lost
+        assert time.monotonic() - began_s < 5
 
 
-async def knows(client: Client, device_ids: set[str]) -> bool:
-    return {device["device_id"] for device in (await client.get("/devices"))["devices"]} == device_ids
+@pytest.mark.root
+@pytest.mark.parametrize("is_new", [False, True], ids=["old file", "new file"])
+@in_a_loop
+async def test_start_on_a_read_only_disk_serves_and_catches_up(tmp_path: Path, is_new: bool) -> None:
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(tmp_path / "card")], check=True)
+
+    with small_disk(tmp_path / "card", "24m"):
+        database = tmp_path / "card" / "amhrpd.db"
+        if not is_new:
+            await fill(database, 30)
+            leave(database)
+        remount("ro")
+        async with gateway_on(database) as client:
+            await serves_without_its_file(client, functools.partial(remount, "rw"), [] if is_new else KNOWN)
+
+
+@in_a_loop
+async def test_start_on_a_disk_that_stalls_serves_and_catches_up(database: Path) -> None:
+    await fill(database, 30)
+    leave(database)
+    with disk_that_stalls_later(database) as stall:
+        stall()
+        async with gateway_on(database) as client:
+            await serves_without_its_file(client, stall, KNOWN)
 
 
 @in_a_loop
@@ -3682,27 +4901,6 @@ async def test_slow_disk_holds_a_command_up_for_a_second_at_most(database: Path)
             assert await client.is_online("a")
         row = await eventually(lambda: row_has(client, f"/command-logs/{answer['command_id']}", status="ack_success"))
         assert row["success_count"] == 1
-
-
-@in_a_loop
-async def test_stop_never_overtakes_what_drives(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Writer, "STALLED_S", 0.2)
-    async with gateway_on(database) as client, client.board("a") as board, client.board("b") as other:
-        await client.get("/state-history/a")
-        with disk_that_stalls(database):
-            await say(board, "status", payload={})
-            async with background(
-                *(client.post(f"/command?device_id={id_}&command_name=forward") for id_ in ("a", "b"))
-            ) as driving:
-                await eventually(lambda: health_is(client, 503))  # from now on nobody waits for the disk
-                began_s = time.monotonic()
-                await client.post("/command?device_id=a&command_name=stop")
-                assert [(await hear(board, "command"))["command_name"] for _ in range(2)] == ["forward", "stop"]
-                assert time.monotonic() - began_s < 0.4  # it did not wait for the one before it, but sent it
-                assert (await driving[0])["persisted"] is False
-                assert not driving[1].done()  # which goes to another board
-                await hear(other, "command")
-                await driving[1]
 
 
 @in_a_loop
@@ -3820,7 +5018,7 @@ async def test_stop_before_a_disk_that_stalls_is_bounded_and_says_what_is_lost(
             await eventually(lambda: health_is(client, 503))
             began_s = time.monotonic()
         assert time.monotonic() - began_s < 5
-    assert named(events, "step_failed")
+    assert named(events, "failed")
     assert named(events, "database_close_timeout") or named(events, "rows_lost")
 
 
@@ -3828,12 +5026,13 @@ async def test_stop_before_a_disk_that_stalls_is_bounded_and_says_what_is_lost(
 async def test_memory_for_a_disk_that_stays_away_is_bounded_and_dropping_is_counted(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amhrpd.Backlog, "TELEMETRY_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(amhrpd.Backlog, "TELEMETRY_LIMIT_BYTES", 50_000)
     async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
         with disk_that_stalls(database):
             for n in range(300):
                 await say(board, "status", payload={"n": n})
             await eventually(lambda: state_is(client, "a", {"n": 299}))
+            await eventually(lambda: health_is(client, 503))
             health = await client.get("/health", 503)
             assert health["rows_dropped"] > 100
             answer = await client.post("/command?device_type=ESP32&command_name=stop&wait=5")
@@ -3860,10 +5059,10 @@ async def test_what_waits_for_a_disk_that_stays_away_is_counted_and_bounded(
             for _ in range(5):
                 await client.get("/state-history/a", 503)
             health = await client.get("/health", 503)
-            assert (health["rows_waiting"], health["rows_dropped"]) == (waiting, 0)
+            assert (health["rows_waiting"] - waiting < 2, health["rows_dropped"]) == (True, 0)
             ids = [(await client.post("/command?device_id=a&command_name=x"))["command_id"] for _ in range(30)]
             health = await client.get("/health", 503)
-            assert (health["rows_waiting"], health["rows_dropped"]) == (waiting + 10, 20)
+            assert (health["rows_waiting"] - waiting < 12, health["rows_dropped"]) == (True, 20)
         await eventually(lambda: health_is(client, 200))
         assert [row["command_id"] for row in (await client.get("/command-logs"))["logs"]] == ids[:-11:-1]
 
@@ -3885,151 +5084,95 @@ async def test_row_that_can_never_be_written_does_not_hold_up_the_rest(database:
         health = await client.get("/health")
         assert (health["status"], health["rows_rejected"]) == ("ok", 1)
         (event,) = named(events, "row_rejected")
-        assert "poisoned" in event["reason"]
-        with contextlib.closing(sqlite3.connect(database)) as db, db:
-            db.execute("CREATE TRIGGER no BEFORE INSERT ON command_logs BEGIN SELECT RAISE(ABORT, 'no commands here'); END")
-        assert (await client.post("/command?device_id=a&command_name=x"))["persisted"] is False
+        assert "poisoned" in event["problem"]
 
 
 @in_a_loop
-async def test_device_row_deleted_behind_our_back_comes_back(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("a") as board:
-        await client.get("/state-history/a")
+async def test_row_that_is_refused_leaves_no_deadman_armed(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
+        await client.post("/command", driving(60, "a"))
+        await eventually(lambda: len(client.rows("SELECT * FROM amhrpd_deadmen")) == 1)
         with contextlib.closing(sqlite3.connect(database)) as db, db:
-            db.execute("DELETE FROM devices")
-        await say(board, "status", payload={"n": 1})
-        await eventually(lambda: state_is(client, "a", {"n": 1}))
-        assert (await client.get("/state-history/a"))["total"] == 1
-        assert client.rows("SELECT device_id FROM devices") == [("a",)]
+            db.execute(
+                "CREATE TRIGGER poison BEFORE INSERT ON command_logs WHEN new.command_name = 'stop' "
+                "BEGIN SELECT RAISE(ABORT, 'poisoned'); END"
+            )
+        await client.post("/command?device_id=a&command_name=stop&wait=5")
+        await client.get("/command-logs")  # nothing waits any more
+        assert client.rows("SELECT * FROM amhrpd_deadmen") == []
 
 
-def spoil(database: Path, page: int) -> None:
+def spoil(database: Path, page: int, after: int = 0) -> None:
     """Overwrite one page with rubbish, as a dying SD card does."""
     with database.open("r+b") as file:
-        file.seek(4096 * page)
-        file.write(random.Random(1).randbytes(4096))
+        file.seek(4096 * page + after)
+        file.write(random.Random(1).randbytes(4096 - after))
 
 
 async def fill(database: Path, snapshots: int) -> None:
-    async with gateway_on(database) as client, client.board("a") as board:
+    async with gateway_on(database) as client, client.board("a", metadata={"name": "it is a"}) as board:
         for n in range(snapshots):
             await say(board, "status", payload={"n": n, "text": "x" * 300})
         await eventually(lambda: state_is(client, "a", {"n": snapshots - 1, "text": "x" * 300}))
 
 
 @in_a_loop
-async def test_corrupt_file_is_moved_aside_and_said_loudly(database: Path) -> None:
+async def test_damaged_file_is_moved_aside_at_the_start_and_said_loudly(database: Path) -> None:
     await fill(database, 300)
-    for spoilt in (random.Random(1).randbytes(4096), b"\0" * 4096):  # nothing tells any more that it was SQLite: left alone
-        whole = database.read_bytes()
-        database.write_bytes(spoilt + whole[4096:])
-        result = run("--database-url", f"sqlite:///{database}", "--port", "0", "--host", "127.0.0.1")
-        assert result.returncode == 1
-        assert "no SQLite database" in result.stderr
-        assert database.read_bytes() == spoilt + whole[4096:]
-        database.write_bytes(whole)
-    for number, page in enumerate((3, 20), start=1):
-        spoil(database, page)
-        before = database.read_bytes()
-        with logged() as events:
-            async with gateway_on(database) as client:
-                health = await client.get("/health")
-                assert health["status"] == "ok"
-                assert "corrupt" in health["notice"]
-                (event,) = named(events, "database_corrupt")
-                assert event["level"] == "error"
-                aside = Path(event["moved_to"])
-                assert re.fullmatch(r"amhrpd\.db\.corrupt-\d{8}T\d{6}\.\d{6}Z", aside.name)
-                assert aside.read_bytes() == before
-                async with client.board("b") as board:
-                    await say(board, "status", payload={"n": number})
-                    await eventually(lambda number=number: state_is(client, "b", {"n": number}))  # type: ignore[misc]
-                    assert (await client.get("/state-history/b"))["total"] == 1
-        database.unlink()
-        await fill(database, 300)
+    spoil(database, 0, after=100)  # it still says that it is SQLite
+    before = database.read_bytes()
+    with logged() as events:
+        async with gateway_on(database) as client, client.board("b") as board:
+            assert "corrupt" in (await client.get("/health"))["notice"]
+            (event,) = named(events, "database_corrupt")
+            assert event["level"] == "error"
+            aside = Path(event["moved_to"])
+            assert re.fullmatch(r"amhrpd\.db\.corrupt-\d{8}T\d{6}\.\d{6}Z", aside.name)
+            assert aside.read_bytes() == before
+            await say(board, "status", payload={"n": 1})
+            await eventually(lambda: state_is(client, "b", {"n": 1}))
+            assert (await client.get("/state-history/b"))["total"] == 1
+
+
+async def ends(*boards: ClientConnection) -> list[list[str]]:
+    """What the boards are told while the gateway ends in order."""
+    heard: list[list[tuple[str, float]]] = [[] for _ in boards]
+    await asyncio.gather(*(commands_heard(board, list_) for board, list_ in zip(boards, heard, strict=True)))
+    assert {await closed_with(board) for board in boards} == {1001}
+    return [[name for name, _ in list_] for list_ in heard]
 
 
 @in_a_loop
-async def test_file_that_turns_out_corrupt_while_in_use_is_replaced_without_a_stop(
-    database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_damage_that_is_found_when_something_is_written_ends_the_gateway_in_order(database: Path) -> None:
     await fill(database, 300)
-    monkeypatch.setattr(amhrpd.LockedFile, "CHECKED_AT_START_BYTES", 0)  # as if it were too large to be checked at the start
-    spoil(database, 20)
-    async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
-        health = await eventually(lambda: notice(client))
-        assert "corrupt" in health
-        await say(board, "status", payload={"n": 1})
-        await eventually(lambda: state_is(client, "b", {"n": 1}))
-        assert (await client.get("/state-history/b"))["total"] == 1
-        assert (await client.post("/command?device_type=ESP32&command_name=x&wait=5"))["status"] == "ack_success"
-        assert client.rows("SELECT device_id FROM devices ORDER BY device_id") == [("a",), ("b",)]
-    assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
+    ((page,),) = rows_of(database, "SELECT rootpage FROM sqlite_master WHERE name = 'ix_amhrpd_commands_time'")
+    spoil(database, page - 1)
+    with logged() as events:
+        async with gateway_on(database, exit_code=1) as client, client.board("b") as board:
+            answer = await client.post("/command", driving(60, "b"))
+            assert (answer["status"], answer["persisted"]) == ("sent", False)
+            assert await ends(board) == [["forward", "stop"]]
+    assert "damaged" in named(events, "database_lost")[0]["reason"]
+    assert named(events, "rows_lost")[0]["rows"] > 0
     assert len(list(database.parent.glob("amhrpd.db.corrupt-*Z"))) == 1
+    assert not database.exists()
+    async with gateway_on(database) as client:  # as systemd starts it again
+        assert (await client.get("/devices"))["total"] == 0
+    assert len(list(database.parent.glob("*.corrupt-*"))) == 1
 
 
 @in_a_loop
-async def test_large_file_is_looked_through_while_it_serves(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    await fill(database, 300)
-    ((page,),) = rows_of(database, "SELECT rootpage FROM sqlite_master WHERE name = 'ix_amhrpd_commands_type'")
-    spoil(database, page - 1)  # which nobody reads or writes here
-    monkeypatch.setattr(amhrpd.LockedFile, "CHECKED_AT_START_BYTES", 0)
-    async with gateway_on(database) as client:
-        assert "corrupt" in await eventually(lambda: notice(client))
-
-
-@in_a_loop
-async def test_look_through_a_large_file_holds_up_no_stop(database: Path) -> None:
-    await fill(database, 300)
-    endless = (
-        "import amhrpd, sys, time\n"
-        "def quick_check(connection): print('looking', file=sys.stderr, flush=True); time.sleep(60)\n"
-        "amhrpd.LockedFile.CHECKED_AT_START_BYTES, amhrpd.quick_check = 0, quick_check\n"
-        "sys.exit(amhrpd.main())"
-    )
-    async with process_on(database, code=endless) as (process, _):
-        await eventually(lambda: "looking" in process.log)
-        began_s = time.monotonic()
-        process.popen.terminate()
-        assert await process.exit_code() == 0
-        assert time.monotonic() - began_s < 5
-    log = database.with_name("amhrpd.db-wal")  # who looks still had the file open
-    assert not log.exists() or log.stat().st_size == 0
+async def test_damage_that_only_a_reader_finds_ends_nothing(database: Path) -> None:
+    await fill(database, 3000)
+    spoil(database, 60)
+    async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
+        statuses = {(await client.ask("GET", f"/state-history/a?before_id={3000 - n}"))[0] for n in range(0, 2900, 90)}
+        assert statuses == {200, 503}
+        assert "persisted" not in await client.post("/command?device_id=b&command_name=x&wait=5")
 
 
 async def notice(client: Client) -> Any:
     return (await client.ask("GET", "/health"))[1].get("notice")
-
-
-@in_a_loop
-async def test_replacement_that_fails_moves_one_file_aside(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    await fill(database, 300)
-    monkeypatch.setattr(amhrpd.LockedFile, "CHECKED_AT_START_BYTES", 0)
-    spoil(database, 20)
-    calls = 0
-
-    def fail_at_first(connection: Any, cursor: Any, sql: str, *_: Any) -> None:
-        nonlocal calls
-        if "CREATE TABLE IF NOT EXISTS devices " in sql:
-            calls += 1
-            if 1 < calls < 4:  # the first is the start's
-                raise sqlite3.OperationalError("database or disk is full")
-
-    monkeypatch.setattr(amhrpd.Writer, "RETRY_S", 0.05)
-    sa.event.listen(sa.Engine, "before_cursor_execute", fail_at_first)
-    stack = contextlib.ExitStack()
-    stack.callback(sa.event.remove, sa.Engine, "before_cursor_execute", fail_at_first)
-    with stack:
-        async with gateway_on(database) as client, client.board("b") as board, background(answer_commands(board)):
-            await eventually(lambda: notice(client))
-            answer = await client.post("/command?device_id=b&command_name=x&wait=5")
-            assert answer["status"] == "ack_success"
-            await eventually(lambda: health_is(client, 200))
-            assert calls == 4
-            (aside,) = database.parent.glob("amhrpd.db.corrupt-*Z")
-            assert str(aside) in await notice(client)
-            assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
-            assert client.rows("SELECT device_id FROM devices ORDER BY device_id") == [("a",), ("b",)]
 
 
 @in_a_loop
@@ -4056,94 +5199,73 @@ async def test_log_that_nobody_reads_stops_nothing(database: Path) -> None:
     assert rows_of(database, "SELECT count(*) FROM command_logs") == [(300,)]
 
 
+@pytest.mark.parametrize("is_linked", [False, True], ids=["", "linked"])
+@pytest.mark.parametrize("what", ["moved", "deleted", "a backup in its place", "no database in its place"])
 @in_a_loop
-async def test_file_that_is_deleted_or_replaced_while_in_use_goes_on(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("a"):
-        await client.post("/command?device_type=none&command_name=first")
-        copy = database.with_name("copy.db")
-        with contextlib.closing(sqlite3.connect(database)) as db, contextlib.closing(sqlite3.connect(copy)) as other:
-            db.backup(other)
-        copy.rename(database)
-        answer = await client.post("/command?device_id=a&command_name=second")
-        assert "persisted" not in answer
-        assert client.rows("SELECT command_name FROM command_logs ORDER BY rowid") == [("first",), ("second",)]
-        assert "replaced" in await notice(client)
-        await client.get("/command-logs")  # nothing waits any more
-        for path in database.parent.glob("amhrpd.db*"):
-            path.unlink()
-        await client.post("/command?device_id=a&command_name=third")
-        assert client.rows("SELECT command_name FROM command_logs") == [("third",)]
-        assert client.rows("SELECT device_id FROM devices") == [("a",)]
-        with pytest.raises(amhrpd.StartError, match="in use by another gateway"):
+async def test_file_that_is_not_in_its_place_any_more_ends_the_gateway_in_order(
+    database: Path, what: str, is_linked: bool
+) -> None:
+    """The log that belongs to it goes with it, and a restart works on what lies there then."""
+    archive, backup, file = (database.with_name(name) for name in ("archive.db", "backup.db", "real.db"))
+    if is_linked:
+        database.symlink_to(file)
+    else:
+        file = database
+    with logged() as events:
+        async with gateway_on(database, exit_code=1) as client, client.board("a") as board:
+            await client.post("/command?device_type=none&command_name=in+both")
+            with contextlib.closing(sqlite3.connect(file)) as db, contextlib.closing(sqlite3.connect(backup)) as other:
+                db.backup(other)
+            for n in range(500):
+                await say(board, "status", payload={"n": n})
+            await eventually(lambda: state_is(client, "a", {"n": 499}))
+            await client.post("/command", driving(60, "a"))
+            await client.get("/command-logs")  # nothing waits any more
+            match what:
+                case "moved":
+                    file.rename(archive)
+                case "deleted":
+                    file.unlink()
+                case "a backup in its place":
+                    backup.rename(file)
+                case _:
+                    archive.write_text("about devices and command_logs\n")
+                    archive.rename(file)
+            await client.post("/command?device_type=none&command_name=too+late")
+            assert await ends(board) == [["forward", "stop"]]
+    assert "was deleted, moved or replaced" in named(events, "database_lost")[0]["reason"]
+    assert named(events, "rows_lost")[0]["rows"] > 0
+    names = "SELECT command_name FROM command_logs ORDER BY created_at"
+    assert not list(file.parent.glob(f"{file.name}-*"))
+    if what == "moved":
+        assert rows_of(archive, names) == [("in both",), ("forward",)]
+        assert rows_of(archive, "SELECT count(*) FROM device_state_snapshots") == [(500,)]
+        assert rows_of(archive, "PRAGMA integrity_check") == [("ok",)]
+    if what == "no database in its place":
+        with pytest.raises(amhrpd.StartError, match="no SQLite database"):
             async with gateway_on(database):
                 pass
+        assert file.read_text() == "about devices and command_logs\n"
+        return
+    async with gateway_on(database) as client:
+        found = [row["command_name"] for row in (await client.get("/command-logs"))["logs"]]
+        assert found == (["in both"] if what == "a backup in its place" else [])
     assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
-
-
-@in_a_loop
-async def test_running_file_that_is_moved_away_keeps_what_was_written_to_it(database: Path) -> None:
-    archive = database.with_name("archive.db")
-    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
-        for n in range(500):
-            await say(board, "status", payload={"n": n})
-        await eventually(lambda: state_is(client, "a", {"n": 499}))
-        await client.post("/command?device_id=a&command_name=first&wait=5")
-        assert (await client.get("/state-history/a?limit=1000"))["total"] == 500
-        database.rename(archive)
-        await client.post("/command?device_id=a&command_name=second&wait=5")
-        assert client.rows("SELECT command_name FROM command_logs") == [("second",)]
-    assert rows_of(archive, "SELECT count(*) FROM device_state_snapshots") == [(500,)]
-    assert rows_of(archive, "SELECT command_name, status FROM command_logs") == [("first", "ack_success")]
-    assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(0,)]
-
-
-@in_a_loop
-async def test_backup_that_is_moved_over_the_running_file_is_restored(database: Path) -> None:
-    real = database.with_name("card") / "real.db"
-    real.parent.mkdir()
-    for rows, file in ((8, database), (3000, database), (3000, real)):
-        if file is real:
-            database.symlink_to(real)
-        async with gateway_on(database) as client, client.board("a") as board:
-            await client.post("/command?device_id=a&command_name=kept")
-            backup = database.with_name("backup.db")
-            with contextlib.closing(sqlite3.connect(database)) as db, contextlib.closing(sqlite3.connect(backup)) as other:
-                db.backup(other)
-            for n in range(rows):
-                await say(board, "status", payload={"n": n})
-            await eventually(lambda rows=rows: state_is(client, "a", {"n": rows - 1}))  # type: ignore[misc]
-            await client.get("/state-history/a?limit=1")
-            backup.rename(file)
-            await client.post("/command?device_id=a&command_name=after")
-            assert client.rows("SELECT command_name FROM command_logs ORDER BY rowid") == [("kept",), ("after",)]
-            assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(0,)]
-        assert rows_of(database, "PRAGMA integrity_check") == [("ok",)]
-        assert not list(database.parent.glob("*.corrupt-*"))
-        database.unlink()
-
-
-@in_a_loop
-async def test_what_is_no_database_in_its_place_is_left_alone_until_it_is_gone(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("a"):
-        text = database.with_name("README.md")
-        text.write_text("about devices, device_state_snapshots and command_logs\n")
-        text.rename(database)
-        assert (await client.post("/command?device_id=a&command_name=x"))["persisted"] is False
-        assert "no SQLite database" in (await client.get("/health", 503))["database"]
-        assert database.read_text() == "about devices, device_state_snapshots and command_logs\n"
-        database.unlink()
-        await eventually(lambda: health_is(client, 200))
-        await eventually(lambda: client.rows("SELECT command_name FROM command_logs") == [("x",)])
+    assert not list(database.parent.glob("*.corrupt-*"))
 
 
 @in_a_loop
 async def test_what_never_was_sqlite_is_never_moved(database: Path) -> None:
-    for content in (b"\n", b"CREATE TABLE device_state_snapshots (id INTEGER);\n", b"device_state_snapshots " * 1000):
+    await fill(database, 30)
+    whole = database.read_bytes()
+    rubbish = random.Random(1).randbytes(4096) + whole[4096:], bytes(4096) + whole[4096:]  # nothing tells that it was SQLite
+    for content in (b"\n", b"CREATE TABLE device_state_snapshots (id INTEGER);\n", b"device_state_snapshots " * 1000, *rubbish):
         database.write_bytes(content)
-        result = run("--database-url", f"sqlite:///{database}", "--port", "0", "--host", "127.0.0.1")
-        assert (result.returncode, "no SQLite database" in result.stderr) == (1, True)
+        with pytest.raises(amhrpd.StartError, match="no SQLite database"):
+            async with gateway_on(database):
+                pass
         assert database.read_bytes() == content
-        assert list(database.parent.iterdir()) == [database]
+        assert {path.suffix for path in database.parent.iterdir()} == {".db"}
 
 
 def library_of(source: str, directory: Path) -> str:
@@ -4202,55 +5324,97 @@ async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: 
 
 
 SLOW_SYNC = """
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-/* A sync takes half a second, as on a cheap card that is busy. */
-int fdatasync(int fd) { usleep(500000); return syscall(SYS_fdatasync, fd); }
-int fsync(int fd) { usleep(500000); return syscall(SYS_fsync, fd); }
+/* While the file named by FAULTS is there, a sync takes two seconds, as on a cheap card that is busy. */
+static void wait(void) { if (!access(getenv("FAULTS"), F_OK)) { write(2, "a sync\\n", 7); sleep(2); } }
+int fdatasync(int fd) { wait(); return syscall(SYS_fdatasync, fd); }
+int fsync(int fd) { wait(); return syscall(SYS_fsync, fd); }
 """
 
 
 @needing_gcc
 @in_a_loop
 async def test_commands_wait_for_no_sync_of_a_card(database: Path, tmp_path: Path) -> None:
-    code = "import amhrpd, sys; amhrpd.DiskSpace.LOG_PAGES, amhrpd.DiskSpace.LOOK_INTERVAL_S = 800, 0; sys.exit(amhrpd.main())"
-    async with process_on(database, code=code, LD_PRELOAD=library_of(SLOW_SYNC, tmp_path)) as (process, client):
+    faults = tmp_path / "faults.on"
+    environ = {"LD_PRELOAD": library_of(SLOW_SYNC, tmp_path), "FAULTS": str(faults), "AMHRPD_SYNC_INTERVAL": "0.2"}
+    async with process_on(database, **environ) as (process, client):
         async with client.board("a") as board, background(answer_commands(board)):
+            faults.touch()
             slowest_s = 0.0
-            for _ in range(60):
+            while process.log.count("a sync") < 3:
                 began_s = time.monotonic()
                 answer = await client.post("/command?wait=5", {"device_type": "ESP32", "command_name": "stop"})
                 assert (answer["status"], answer.get("persisted")) == ("ack_success", None)
                 slowest_s = max(slowest_s, time.monotonic() - began_s)
-            alone = tmp_path / "alone.db"
-
-            def commands_in_the_file() -> int:
-                """How many rows it has without its log."""
-                shutil.copyfile(database, alone)
-                with contextlib.suppress(sqlite3.DatabaseError):  # it was written to while it was copied
-                    return int(rows_of(alone, "SELECT count(*) FROM command_logs")[0][0])
-                return 0
-
-            await eventually(lambda: commands_in_the_file() >= 5)
+                await asyncio.sleep(0.02)
             assert slowest_s < 0.4
-        process.popen.terminate()
-        assert await process.exit_code() == 0
+        process.popen.kill()
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that the gateway syncs, but for what SQLite does itself."""
+    names: list[str] = []
+
+    def note(fd: int) -> None:
+        names.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+
+    monkeypatch.setattr(os, "fdatasync", note)
+    return names
 
 
 @in_a_loop
-async def test_checkpoint_that_fails_stops_no_writer(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("can't start new thread")
+async def test_what_was_committed_is_synced_within_the_interval_and_nothing_else(database: Path, synced: list[str]) -> None:
+    async with gateway_on(database, sync_interval_s=0.4) as client, client.board("a") as board:
+        for _ in range(2):
+            await asyncio.sleep(0.6)  # longer than an interval: what was written is on the card
+            synced.clear()
+            await asyncio.sleep(0.8)
+            assert synced == []  # idle
+            began_s = time.monotonic()
+            await client.post("/command?device_type=none&command_name=x")
+            await eventually(lambda: "amhrpd.db-wal" in synced)
+            assert 0.3 < time.monotonic() - began_s < 0.7
+        synced.clear()
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < 1.2:
+            await say(board, "status", payload={"is": "busy"})
+            await asyncio.sleep(0.02)
+        assert 2 <= synced.count("amhrpd.db-wal") <= 4  # one an interval
+        (samples,) = (metric.samples for metric in client.store.sync_seconds.collect())
+        assert next(sample.value for sample in samples if sample.name.endswith("_count")) >= 4
 
-    monkeypatch.setattr(amhrpd.Database, "checkpoint", fail)
-    monkeypatch.setattr(amhrpd.DiskSpace, "LOG_PAGES", 40)
-    monkeypatch.setattr(amhrpd.DiskSpace, "LOOK_INTERVAL_S", 0)
+
+@in_a_loop
+async def test_nobody_syncs_what_every_commit_has_synced(database: Path, synced: list[str]) -> None:
+    async with gateway_on(database, sync_interval_s=0) as client:
+        await client.post("/command?device_type=none&command_name=x")
+        await asyncio.sleep(1.2)
+    assert synced == []
+
+
+@in_a_loop
+async def test_sync_that_fails_is_said_and_stops_no_command(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
     with logged() as events:
-        async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
-            for _ in range(20):
-                answer = await client.post("/command?wait=5", {"device_type": "ESP32", "command_name": "stop"})
-                assert (answer["status"], answer.get("persisted")) == ("ack_success", None)
-        assert named(events, "checkpoint_failed")
+        async with gateway_on(database, sync_interval_s=0.1) as client, client.board("a") as board:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fdatasync", fail)
+                async with background(answer_commands(board)):
+                    await client.post("/command?device_id=a&command_name=x")
+                    await eventually(lambda: health_is(client, 503))
+                    assert "Input/output error" in (await client.get("/health", 503))["database"]
+                    answer = await client.post("/command?device_id=a&command_name=stop&wait=5")
+                    assert (answer["status"], answer.get("persisted")) == ("ack_success", None)
+                    assert (await client.get("/command-logs"))["total"] == 2
+                    await asyncio.sleep(1)
+                    assert await health_is(client, 503)
+            await eventually(lambda: health_is(client, 200))
+    assert len(named(events, "sync_failed")) == 1
 
 
 def change(database: Path, script: str) -> None:
@@ -4260,48 +5424,19 @@ def change(database: Path, script: str) -> None:
 
 
 @in_a_loop
-async def test_tables_that_somebody_changed_are_said_or_mended(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tables_that_somebody_changed_stop_no_command(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Writer, "RETRY_S", 0.05)
     async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
-        number = 0
-
-        async def use() -> str:
-            """Have something written to every table, and return the id of a command."""
-            nonlocal number
-            number += 1
-            await say(board, "registration", device_type="ESP32", metadata={"n": number})
-            await say(board, "status", payload={"n": number})
-            async with client.board("b"):
-                pass
-            return str((await client.post("/command?device_id=a&command_name=x&wait=5"))["command_id"])
-
-        async def is_written(command_id: str) -> None:
-            await eventually(lambda: health_is(client, 200))
-            assert (await client.get("/state-history/a?limit=1"))["states"][0]["state_data"] == {"n": number}
-            assert (await client.get(f"/command-logs/{command_id}"))["status"] == "ack_success"
-            assert (await client.events("b"))[-2:] == ["connected", "disconnected"]
-            await eventually(lambda: client.rows("SELECT 1 FROM devices WHERE metadata_json = ?", f'{{"n":{number}}}'))
-
-        await is_written(await use())
         for table in amhrpd.COLUMNS:
             change(database, f"ALTER TABLE {table} ADD COLUMN note TEXT")  # who may be null hurts nobody
-            await is_written(await use())
-            change(database, f"DROP TABLE {table}")
-            await is_written(await use())
-            ((sql,),) = client.rows("SELECT sql FROM sqlite_master WHERE name = ?", table)
-            change(database, f"DROP TABLE {table}; {sql[:-1]}, owner TEXT NOT NULL)")
-            command_id = await use()
-            await eventually(lambda: health_is(client, 503))
-            assert "owner" in (await client.get("/health", 503))["database"]
-            change(database, f"DROP TABLE {table}")
-            await is_written(command_id)
-        change(database, "ALTER TABLE devices RENAME TO others; CREATE VIEW devices AS SELECT * FROM others")
-        command_id = await use()
-        await eventually(lambda: health_is(client, 503))
-        assert "is a view" in (await client.get("/health", 503))["database"]
-        change(database, "DROP VIEW devices; ALTER TABLE others RENAME TO devices")
-        await is_written(command_id)
-        assert (await client.get("/health"))["rows_rejected"] == 0
+        assert "persisted" not in await client.post("/command?device_id=a&command_name=x&wait=5")
+        change(database, "ALTER TABLE command_logs RENAME TO others")
+        answer = await client.post("/command?device_id=a&command_name=x&wait=5")
+        assert (answer["status"], answer["persisted"]) == ("ack_success", False)
+        assert "command_logs" in (await client.get("/health", 503))["database"]
+        change(database, "ALTER TABLE others RENAME TO command_logs")
+        await eventually(lambda: health_is(client, 200))
+        assert (await client.get(f"/command-logs/{answer['command_id']}"))["status"] == "ack_success"
 
 
 @in_a_loop
@@ -4335,29 +5470,67 @@ async def test_start_takes_no_more_memory_than_the_run_before_it(database: Path)
 
 @in_a_loop
 async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Database, "DELETED_AT_ONCE", 10)
-    monkeypatch.setattr(amhrpd.Upkeep, "TIDY_INTERVAL_S", 0.1)
-    monkeypatch.setattr(amhrpd.Upkeep, "INTERVAL_S", 0.1)
-    monkeypatch.setattr(amhrpd.Survey, "ZONE_ROWS", 20)
+    monkeypatch.setattr(amhrpd.Store, "ROWS_DELETED_AT_ONCE", 10)
+    monkeypatch.setattr(amhrpd.Store, "ROWS_FOUND_AT_ONCE", 25)
+    monkeypatch.setattr(amhrpd.Store, "TIDY_INTERVAL_S", 0.1)
+    monkeypatch.setattr(amhrpd, "UPKEEP_INTERVAL_S", 0.1)
     await fill(database, 5)
     old, young = (str(amhrpd.utc_now() - timedelta(days=days)) for days in (8, 6))
-    snapshots = [(-200, "2036-01-01"), *((n, old) for n in range(-199, -50)), *((n, young) for n in range(-50, -10)), (-1, old)]
+    rows = [(-200, "2036-01-01"), *((n, old) for n in range(-199, -50)), *((n, young) for n in range(-50, -10)), (-1, old)]
     with contextlib.closing(sqlite3.connect(database)) as db, db:
-        db.executemany("INSERT INTO device_state_snapshots VALUES (?,'a','ESP32','{}',?)", snapshots)
-        db.executemany("INSERT INTO device_connection_logs VALUES (?,'a','ESP32','timeout',?,NULL)", snapshots)
+        db.executemany("INSERT INTO device_state_snapshots VALUES (?,'a','ESP32','{}',?)", rows)
+        db.executemany("INSERT INTO device_connection_logs VALUES (?,'a','ESP32','timeout',?,NULL)", rows)
         commands = [("old", "sent", old), ("older", "no_devices", old), ("young", "ack_error", young)]
         db.executemany("INSERT INTO command_logs VALUES (?,'x','x','{}',?,?,NULL,NULL,NULL,1,0)", commands)
-    async with gateway_on(database) as client:
-        await client.get("/state-history/a")
-        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(196,)]  # for ever is the default
+    async with gateway_on(database):
+        await asyncio.sleep(0.3)
+        assert rows_of(database, "SELECT count(*) FROM device_state_snapshots") == [(196,)]  # for ever is the default
     async with gateway_on(database, keep_days=7, command_timeout_s=300) as client:
-        await eventually(
-            lambda: (
-                client.rows("SELECT min(id), max(id) FROM device_connection_logs WHERE id BETWEEN -199 AND -1") == [(-50, -11)]
-            )
-        )
-        assert client.rows("SELECT count(*) FROM device_state_snapshots") == [(46,)]
         await eventually(lambda: client.rows("SELECT command_id FROM command_logs ORDER BY 1") == [("old",), ("young",)])
+        for table, others in (("device_state_snapshots", 5), ("device_connection_logs", 2)):
+            assert client.rows(f"SELECT count(*), min(id), max(id) > 0 FROM {table}") == [(41 + others, -200, 1)]
+            assert client.rows(f"SELECT min(id), max(id) FROM {table} WHERE id BETWEEN -199 AND -1") == [(-50, -11)]
+
+
+def written_bytes(process: Process) -> int:
+    """What the process has handed to the kernel so far."""
+    return int(re.findall(r"wchar: (\d+)", Path(f"/proc/{process.popen.pid}/io").read_text())[0])
+
+
+@in_a_loop
+async def test_deleting_writes_little_more_than_what_is_deleted_and_holds_no_command_up(database: Path) -> None:
+    async with gateway_on(database):
+        pass
+    now, old = amhrpd.utc_now(), amhrpd.utc_now() - timedelta(days=8)
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("PRAGMA synchronous = OFF")
+        for device_id, moment in (("old", old), ("young", now)):
+            db.execute("INSERT INTO devices VALUES (?,'x',0,?,?,?,'{}')", (device_id, *[str(now)] * 3))
+            rows = ((device_id, json.dumps({"t": "x" * 600}), str(moment + timedelta(seconds=n))) for n in range(20_000))
+            db.executemany("INSERT INTO device_state_snapshots VALUES (NULL,?,'x',?,?)", rows)
+    half_bytes = database.stat().st_size / 2
+    count = "SELECT count(*) FROM device_state_snapshots"
+    async with process_on(database, AMHRPD_KEEP_DAYS="7") as (process, client), client.board("a") as board:
+        slowest_s = 0.0
+
+        async def order() -> None:
+            nonlocal slowest_s
+            while True:
+                began_s = time.monotonic()
+                assert "persisted" not in await client.post("/command?device_id=a&command_name=x&wait=5")
+                slowest_s = max(slowest_s, time.monotonic() - began_s)
+                await asyncio.sleep(0.05)
+
+        async with background(answer_commands(board), order()) as tasks:
+            await eventually(lambda: rows_of(database, count) == [(20_000,)], within_s=20)
+            await asyncio.sleep(1.5)  # the log is written into the file
+            before_bytes = written_bytes(process)
+            assert before_bytes < 3 * half_bytes
+            assert (await client.ask("DELETE", "/devices/young"))[1]["deleted"] == {"snapshots": 20_000, "events": 0}
+            await asyncio.sleep(1.5)
+            assert written_bytes(process) - before_bytes < 3 * half_bytes
+            assert not [task for task in tasks if task.done()]
+        assert slowest_s < 0.5  # a twentieth of it on a machine that does nothing else
 
 
 @contextlib.contextmanager
@@ -4371,6 +5544,42 @@ def small_disk(path: Path, size: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill_up(path: Path) -> None:
+    """Have a file take all the room that is left."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16) if shutil.disk_usage(path.parent).free > 1 << 16 else b"\0")
+
+
+@pytest.mark.root
+@in_a_loop
+async def test_disk_that_another_program_fills_at_once_makes_the_oldest_rows_go(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "card", "64m"):
+        database = tmp_path / "card" / "amhrpd.db"
+        async with gateway_on(database) as client, client.board("a") as board:
+            for n in range(3000):
+                await say(board, "status", payload={"n": n, "text": "x" * 2000})
+            await eventually(lambda: state_is_past(client, "a", 2999))
+            await eventually(lambda: database.stat().st_size > 6 << 20)  # what was in the log is in the file
+            for n in range(3000, 5000):
+                if n % 1000 == 0:
+                    fill_up(tmp_path / "card" / f"photos{n}")
+                    assert shutil.disk_usage(tmp_path / "card").free == 0
+                await say(board, "status", payload={"n": n, "text": "x" * 2000})
+                if n % 100 == 99:
+                    await eventually(lambda n=n: state_is_past(client, "a", n))  # type: ignore[misc]
+                    await client.post("/command?device_type=none&command_name=x")
+            states = (await client.get("/state-history/a?limit=500"))["states"]
+            assert [state["state_data"]["n"] for state in states] == list(range(4999, 4499, -1))
+            health = await client.get("/health")
+            assert (health["status"], health["rows_dropped"], health["rows_rejected"]) == ("ok", 0, 0)
+            assert "--min-free-mb" in health["notice"]
+        ((oldest, newest, count),) = rows_of(database, "SELECT min(id), max(id), count(*) FROM device_state_snapshots")
+        assert (newest, count, oldest > 1) == (5000, 5001 - oldest, True)
+        assert rows_of(database, "SELECT event FROM device_connection_logs") == [("connected",), ("disconnected",)]
+        assert rows_of(database, "SELECT count(*) FROM command_logs") == [(20,)]
 
 
 @pytest.mark.root
@@ -4437,12 +5646,12 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
             await say(board, "heartbeat")
         await say(board, "reboot")  # its refusal tells that all were handled
         await hear(board, "error")
-        await client.gateway.sweep(1.0)
+        client.gateway.sweep(1.0)
         stored = client.rows("SELECT last_heartbeat FROM devices")
         assert await client.store.flush()  # and nothing was there to write
         assert database.with_name("amhrpd.db-wal").read_bytes() == written
-        monkeypatch.setattr(amhrpd.Gateway, "HEARTBEAT_SAVE_INTERVAL_S", 0.0)
-        await client.gateway.sweep(1.0)
+        monkeypatch.setattr(amhrpd.Gateway, "ACTIVITY_SAVE_INTERVAL_S", 0.0)
+        client.gateway.sweep(1.0)
         await eventually(lambda: client.rows("SELECT last_heartbeat FROM devices") != stored)
 
 
@@ -4510,6 +5719,7 @@ async def test_100000_mutated_frames_beside_a_working_board(database: Path) -> N
 
     async def attack(number: int, frames: Sequence[bytes]) -> None:
         wire = await Wire.connect(client.port, f"hostile_{number}")
+        wire.send(REGISTRATION)  # who floods without that is let go
 
         async def read() -> None:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -4604,9 +5814,9 @@ async def test_flood_and_a_fight_for_an_id_leave_the_others_alone(database: Path
 
 @in_a_loop
 async def test_connections_that_never_finish_a_request_are_dropped(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd, "KEEPALIVE_TIMEOUT_S", 0.1)
+    monkeypatch.setitem(amhrpd.CONNECTION_OPTIONS, "keepalive_timeout", 0.1)
     monkeypatch.setattr(amhrpd, "BODY_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(amhrpd, "LINGERING_TIME_S", 0.1)
+    monkeypatch.setitem(amhrpd.CONNECTION_OPTIONS, "lingering_time", 0.1)
     async with gateway_on(database) as client:
         for start in (
             b"",
@@ -4651,9 +5861,12 @@ def waiting_bytes(client: Client) -> int:
 async def test_idle_connections_over_the_limit_are_refused_and_boards_stay(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amhrpd, "MAX_CONNECTIONS", 50)
-    async with gateway_on(database) as client, client.board("a") as board, background(answer_commands(board)):
-        assert await client.is_online("a")  # and the caller's connection is there
+    monkeypatch.setattr(amhrpd.HttpConnection, "MAX_OTHERS", 50)
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(gateway_on(database))
+        for number in range(60):  # boards that are registered are no others
+            board = await stack.enter_async_context(client.board(f"b{number}"))
+        await stack.enter_async_context(background(answer_commands(board)))
         idle = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(60)]
 
         async def is_closed(reader: asyncio.StreamReader) -> bool:
@@ -4663,15 +5876,41 @@ async def test_idle_connections_over_the_limit_are_refused_and_boards_stay(
             return False
 
         assert sum(await asyncio.gather(*(is_closed(reader) for reader, _ in idle))) >= 10
-        assert (await client.post("/command?device_id=a&command_name=x&wait=5"))["status"] == "ack_success"
+        assert (await client.post("/command?device_id=b59&command_name=x&wait=5"))["status"] == "ack_success"
         for _, writer in idle:
             writer.close()
 
 
 @in_a_loop
+async def test_registered_boards_take_no_place_of_callers(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.HttpConnection, "MAX_OTHERS", 5)
+    async with gateway_on(database) as client, contextlib.AsyncExitStack() as boards:
+        for number in range(20):
+            await boards.enter_async_context(client.board(f"b{number}"))
+        unregistered = [await connect(client.port, f"c{number}") for number in range(4)]  # and the client's own connection
+        with pytest.raises((ConnectionError, EOFError, websockets.InvalidHandshake)):
+            await connect(client.port, "c4")
+        for board in unregistered:
+            await board.close()
+        await eventually(lambda: len(client.server.connections) == 21)
+        async with client.board("c4"):
+            pass
+
+
+@in_a_loop
+async def test_fleet_that_comes_at_once_waits_for_its_turn(database: Path) -> None:
+    """Whom the kernel turns away tries again after one second, three, seven, …"""
+    async with gateway_on(database) as client:  # it lets nobody in meanwhile: its loop is this one
+        fleet = [socket.create_connection(("127.0.0.1", client.port), timeout=2) for _ in range(500)]
+        for connection in fleet:
+            connection.close()
+        assert (await client.get("/health"))["status"] == "ok"
+
+
+@in_a_loop
 async def test_newest_device_and_newest_command_always_find_room(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Registry, "MAX_DEVICES", 3)
-    monkeypatch.setattr(amhrpd.Commands, "MAX_OPEN", 3)
+    monkeypatch.setattr(amhrpd.Commands, "MAX_COMMANDS", 3)
     async with gateway_on(database) as client:
         for device_id in ("a", "b", "c"):
             async with client.board(device_id, metadata={"name": f"it is {device_id}"}):
@@ -4679,27 +5918,19 @@ async def test_newest_device_and_newest_command_always_find_room(database: Path,
             await eventually(lambda: not_online(client, device_id))  # noqa: B023 - awaited at once
         async with client.board("d") as board:  # whoever was longest away makes room
             assert [device["device_id"] for device in (await client.get("/devices"))["devices"]] == ["b", "c", "d"]
-            assert (await client.get("/health"))["gave_way"]["devices"] == 1
             assert [event["event"] for event in (await client.get("/device-connection-history/a"))["events"]][-1] == "connected"
             answer = await client.post("/command?device_id=d&command_name=stop")  # the fourth: the oldest ends early
             assert answer["status"] == "sent"
             await hear(board, "command")
             (oldest,) = (await client.get("/command-logs?status=ack_timeout"))["logs"]
             assert oldest["command_name"] == "x"
-            health = await client.get("/health")
-            assert (health["open_commands"], health["gave_way"]["open_commands"]) == (3, 1)
+            assert (await client.get("/health"))["open_commands"] == 3
         assert (await client.post("/command?device_id=a,d&command_name=x"))["detail"] == "offline: a, d"
-        async with client.board("a", None) as board:  # it is back, and so is what it said of itself
+        async with client.board("a", None) as board:  # it is back, and what it said of itself is in the file still
             await say(board, "heartbeat", device_type="ESP32")
             await eventually(lambda: client.is_online("a"))
-            assert (await client.get("/devices/a"))["metadata"] == {"name": "it is a"}
-    metadata = dict(rows_of(database, "SELECT device_id, metadata_json FROM devices"))
-    assert {key: json.loads(text).get("name") for key, text in metadata.items()} == {
-        "a": "it is a",
-        "b": "it is b",
-        "c": "it is c",
-        "d": None,
-    }
+            await client.get("/command-logs")
+            assert client.rows("SELECT metadata_json FROM devices WHERE device_id = 'a'") == [('{"name":"it is a"}',)]
 
 
 @in_a_loop
@@ -4714,20 +5945,11 @@ async def test_devices_that_are_only_in_the_file_are_known(database: Path, monke
         assert {device["device_id"] for device in (await client.get("/devices"))["devices"]} == {"b", "c"}
         assert (await client.get("/state-history/a"))["total"] == 0
         assert (await client.get("/devices/a"))["metadata"] == {"name": "it is a"}
-        await client.get("/devices/nobody", 404)
-    async with gateway_on(database) as client:
         assert (await client.post("/command?device_id=a&command_name=x"))["detail"] == "offline: a"
-    async with gateway_on(database) as client:
-        monkeypatch.setattr(amhrpd.Store, "device", never_answers)
-        monkeypatch.setattr(amhrpd.Registry, "LOOKUP_TIMEOUT_S", 0.05)
-        async with client.board("a", None) as board:  # it says nothing of itself, and nobody could be asked
-            await say(board, "heartbeat", device_type="ESP32")
-            await eventually(lambda: client.is_online("a"))
-    assert rows_of(database, "SELECT metadata_json FROM devices WHERE device_id = 'a'") == [('{"name":"it is a"}',)]
-
-
-async def never_answers(_: amhrpd.Store, __: str) -> Any:
-    await asyncio.Event().wait()
+        await client.get("/devices/nobody", 404)
+        deleted = {"device_id": "a", "deleted": {"snapshots": 0, "events": 2}}
+        assert await client.ask("DELETE", "/devices/a") == (200, deleted)
+        await client.get("/devices/a", 404)
 
 
 @in_a_loop
@@ -4760,18 +5982,22 @@ async def test_late_look_up_takes_nobody_off_line(database: Path, monkeypatch: p
 
 @in_a_loop
 async def test_memory_for_what_boards_say_of_themselves_is_bounded(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amhrpd.Registry, "MAX_CONTENT_BYTES", 5000)
-    monkeypatch.setattr(amhrpd.Commands, "MAX_CONTENT_BYTES", 5000)
-    async with gateway_on(database) as client, client.board("a") as a, client.board("b") as b:
-        await say(a, "registration", device_type="ESP32", metadata={"text": "x" * 3000})
-        await eventually(lambda: row_has(client, "/devices/a", metadata={"text": "x" * 3000}))
-        await eventually(lambda: client.rows("SELECT 1 FROM devices WHERE length(metadata_json) > 3000"))
-        await say(b, "status", payload={"text": "y" * 3000})  # it takes what a had
-        await eventually(lambda: state_is(client, "b", {"text": "y" * 3000}))
-        assert len((await client.get("/state-history/b"))["states"]) == 1
-        assert (await client.get("/health"))["gave_way"]["states"] == 1
-        assert (await client.get("/devices"))["devices"][0]["metadata"] == {}
-        assert (await client.get("/devices/a"))["metadata"] == {"text": "x" * 3000}  # from the file
+    """A whole offline device gives way; of those online the state that is one too many. All is in the file."""
+    monkeypatch.setattr(amhrpd.Registry, "MAX_BYTES", 8000)
+    monkeypatch.setattr(amhrpd.Commands, "MAX_BYTES", 6000)
+    async with gateway_on(database) as client, client.board("a") as a:
+        async with client.board("away", metadata={"text": "x" * 3000}):
+            pass
+        await eventually(lambda: not_online(client, "away"))
+        await say(a, "status", payload={"text": "y" * 4000})
+        await eventually(lambda: state_is(client, "a", {"text": "y" * 4000}))
+        assert [device["device_id"] for device in (await client.get("/devices"))["devices"]] == ["a"]
+        assert (await client.get("/devices/away"))["metadata"] == {"text": "x" * 3000}
+        async with client.board("b") as b:
+            await say(b, "status", payload={"text": "z" * 4000})
+            await eventually(lambda: row_has(client, "/state-history/b", total=1))
+            assert await state_is(client, "b", None)
+            assert await state_is(client, "a", {"text": "y" * 4000})
         ids = []
         for _ in range(3):
             ids.append((await client.post("/command?device_id=a&command_name=x"))["command_id"])
@@ -4800,16 +6026,16 @@ def resident_mb(process: Process) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
 
-HEADERS_WITHOUT_END = b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 8000) for n in range(100))
+HEADERS_WITHOUT_END = b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 4000) for n in range(30))
 HALF_A_MESSAGE = Wire.frame(b"x" * 65000, mask=b"\0\0\0\0")[:64000]
 
 
 @pytest.mark.parametrize(
     ("count", "sent"),
     [
-        (160, HEADERS_WITHOUT_END),
-        (700, b"GET /" + b"x" * 65000),
-        (400, b"POST /command HTTP/1.1\r\nHost: x\r\nContent-Length: 130000\r\n\r\n" + b"x" * 120_000),
+        (300, HEADERS_WITHOUT_END),
+        (600, b"GET /" + b"x" * 16000),
+        (200, b"POST /command HTTP/1.1\r\nHost: x\r\nContent-Length: 130000\r\n\r\n" + b"x" * 120_000),
         (700, Wire.HANDSHAKE.format(device_id="half").encode() + HALF_A_MESSAGE),
     ],
     ids=["headers", "request lines", "bodies", "messages"],
@@ -4831,8 +6057,7 @@ async def test_what_is_never_whole_takes_a_bounded_amount_of_memory(database: Pa
             for _ in range(20):
                 assert (await client.post("/command?device_id=good&command_name=x&wait=10"))["status"] == "ack_success"
                 await asyncio.sleep(0.05)
-            await eventually(lambda: "connection_let_go" in process.log)
-            assert resident_mb(process) - before_mb < 75
+            assert resident_mb(process) - before_mb < 100
 
 
 @in_a_loop
@@ -4857,51 +6082,45 @@ async def test_many_boards_that_flood_with_the_smallest_frames_take_little_memor
 
 
 @in_a_loop
-async def test_answers_that_nobody_takes_are_bounded_and_those_who_read_get_theirs(
-    database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(amhrpd.Held, "LIMIT_BYTES", 10 << 20)
+async def test_answers_that_nobody_takes_are_bounded_and_those_who_read_get_theirs(database: Path) -> None:
     async with gateway_on(database) as client, client.board("a", metadata={"text": "m" * 60000}) as board:
         for _ in range(40):
             await say(board, "status", payload={"text": "x" * 60000})
         await say(board, "status", payload={"is": "last"})
         await eventually(lambda: state_is(client, "a", {"is": "last"}))
-        path = "/state-history/a?limit=1000"
-        with logged() as events, contextlib.ExitStack() as held:
-            for _ in range(8):
-                caller = held.enter_context(socket.socket())
-                caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                caller.connect(("127.0.0.1", client.port))
-                caller.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() * 4)  # the kernel takes some
-            while not named(events, "connection_let_go"):
-                assert (await client.get(path))["total"] > 15
-            assert (await client.get(path))["total"] > 15
-            assert waiting_bytes(client) < 8 << 20  # the limit, and what came since the last look
+        with contextlib.ExitStack() as callers:
+            for path in ("/state-history/a?limit=1000", "/state-history/a?limit=1000&format=csv", "/devices"):
+                for _ in range(20):
+                    caller = callers.enter_context(socket.socket())
+                    caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    caller.connect(("127.0.0.1", client.port))
+                    caller.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() * 100)  # the kernel takes some
+            await eventually(lambda: waiting_bytes(client) > 10 << 16)
+            assert (await client.get("/state-history/a?limit=1000"))["total"] > 15
+            assert waiting_bytes(client) < 60 * 300_000
 
 
 @in_a_loop
-async def test_history_that_is_too_long_ends_early_and_says_where_it_goes_on(
-    database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_history_that_is_too_long_ends_early_and_says_so(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd.Database, "MAX_ANSWER_BYTES", 50_000)
     async with gateway_on(database) as client, client.board("a") as board:
         for n in range(30):
             await say(board, "status", payload={"n": n, "text": "x" * 9000})
             await client.post("/command?device_type=none&command_name=x", {"n": n, "text": "x" * 9000})
         await eventually(lambda: '"n":29,' in str(getattr(client.gateway.registry.find("a"), "state", "")))
-        for path, rows, content in (
-            ("/state-history/a?limit=1000", "states", "state_data"),
-            ("/command-logs?limit=1000", "logs", "payload"),
+        for path, rows, content, key in (
+            ("/state-history/a?limit=1000", "states", "state_data", "id"),
+            ("/command-logs?limit=1000", "logs", "payload", "command_id"),
         ):
             seen: list[int] = []
-            page = await client.get(path)
-            while "before_id" in page:
+            behind, has_more = "", True
+            while has_more:
+                async with client.session.get(f"http://127.0.0.1:{client.port}{path}{behind}") as response:
+                    page, has_more = await response.json(), "X-AMHRPD-More" in response.headers
                 assert page["total"] == len(page[rows]) < 10
                 seen += [row[content]["n"] for row in page[rows]]
-                page = await client.get(f"{path}&before_id={page['before_id']}")
-            seen += [row[content]["n"] for row in page[rows]]
+                behind = f"&before_id={page[rows][-1][key]}"
             assert seen == list(range(29, -1, -1))
-        assert "before_id" not in await client.get("/state-history/a?limit=3")
 
 
 @in_a_loop
@@ -4965,7 +6184,7 @@ async def test_floods_hold_up_no_command_and_cost_no_status_of_others(database: 
 async def test_who_floods_without_having_registered_is_let_go(database: Path) -> None:
     async with gateway_on(database) as client:
         wire = await Wire.connect(client.port, "a")
-        for _ in range(300):
+        for _ in range(1000):
             wire.send(b"", opcode=9)
         while (await wire.receive())[0] & 15 != 8:
             pass
@@ -4992,18 +6211,6 @@ async def test_names_of_others_for_our_address_read_nothing(database: Path) -> N
         wire = await Wire.connect(client.port, "a")
         assert b" 101 " in wire.head
         await wire.close()
-        elsewhere = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
-        await client.post("/command?device_type=none&command_name=x", status=403, headers=elsewhere)
-        await client.get("/devices", 403, headers=elsewhere)
-        await client.get("/devices", headers=elsewhere | {"Sec-Fetch-Site": "same-origin"})
-        link = elsewhere | {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
-        await client.get("/devices", 403, headers=link)
-        async with client.session.get(f"http://127.0.0.1:{client.port}/", headers=link) as response:
-            assert response.status != 403
-        async with client.session.get(
-            f"http://127.0.0.1:{client.port}/", headers=link | {"Sec-Fetch-Dest": "iframe"}
-        ) as response:
-            assert response.status == 403
 
 
 @in_a_loop
@@ -5015,14 +6222,15 @@ async def test_whatever_bytes_a_head_has_the_error_has_the_common_shape(database
         (handshake.replace(b"websocket\r", b"web\xffsocket\r"), 400),
         (handshake.replace(b"Key: dGhl", b"Key: \xff"), 400),
         (handshake.replace(b"Key: dGhl", "Key: ü".encode()), 400),
-        (get + b"Authorization: \xff\r\n\r\n", 400),
-        (get + b"Origin: http://\xff\r\n\r\n", 400),
-        (b"GET /nothing HTTP/1.1\r\nHost: x\r\nExpect: miracles\r\n\r\n", 400),
-        (b"PUT /devices HTTP/1.1\r\nHost: x\r\nExpect: miracles\r\n\r\n", 400),
+        (get + b"Authorization: \xff\r\n\r\n", 401),
+        (get + b"Origin: http://\xff\r\n\r\n", 403),
+        (get + b"X: x\r\n" * 32 + b"\r\n", 413),
+        (get + b"X: " + b"x" * 4200 + b"\r\n\r\n", 413),
+        (b"GET /devices?" + b"x" * 17000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 413),
         ("GET /devices?device_type=Küche HTTP/1.1\r\nHost: x\r\n\r\n".encode(), 400),
     ]
     with logged() as events:
-        async with gateway_on(database) as client:
+        async with gateway_on(database, api_token="token-of-callers") as client:
             for head, status in heads:
                 reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
                 writer.write(head)
@@ -5138,7 +6346,8 @@ async def test_tokens_open_their_own_door_and_no_other(database: Path) -> None:
             await client.get("/nothing", 404, headers=headers)
             assert "app" in await client.get("/health", headers=headers)
         for headers in bad:
-            for path in ("/devices", "/api/command-logs", "/nothing", f"/devices?token={api}"):
+            await client.get("/nothing", 404, headers=headers)
+            for path in ("/devices", "/api/command-logs", f"/devices?token={api}"):
                 async with client.session.get(f"http://127.0.0.1:{client.port}{path}", headers=headers) as response:
                     assert response.status == 401, (path, headers)
                     assert "Basic" in response.headers["WWW-Authenticate"]
@@ -5196,7 +6405,7 @@ async def test_web_pages_of_others_drive_no_robot(database: Path) -> None:
         async with client.session.options(f"{own}/command", headers=asks) as response:
             assert response.status == 204
             assert response.headers["Access-Control-Allow-Origin"] == asks["Origin"]
-            assert "Authorization" in response.headers["Access-Control-Allow-Headers"]
+            assert {"Authorization", "Last-Event-ID"} <= set(response.headers["Access-Control-Allow-Headers"].split(", "))
         async with client.session.options(f"{own}/command", headers=asks | {"Origin": "https://evil.example"}) as response:
             assert response.status == 403
             assert "Access-Control-Allow-Origin" not in response.headers
@@ -5217,9 +6426,6 @@ async def test_bodies_that_are_too_large_compressed_or_strange(database: Path) -
         for encoding in ("gzip", "deflate", "br", "zstd", "x"):
             answer = await client.post(url, b"\x1f\x8b\x08", 415, headers={"Content-Encoding": encoding})
             assert answer["error_code"] == "UNSUPPORTED_MEDIA_TYPE"
-        for charset in ("latin-1", "utf-16", "no-such"):
-            answer = await client.post(url, b"{}", 415, headers={"Content-Type": f"application/json; charset={charset}"})
-            assert answer["error_code"] == "UNSUPPORTED_MEDIA_TYPE"
         await client.post(url, b"{}", headers={"Content-Type": "application/json; charset=UTF-8"})
         for head in (b"Content-Length: -1", b"Content-Length: x", b"Content-Length: 5, 6", b"Transfer-Encoding: nonsense"):
             reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
@@ -5232,12 +6438,15 @@ async def test_bodies_that_are_too_large_compressed_or_strange(database: Path) -
 
 
 @in_a_loop
-async def test_what_is_no_http_gets_the_same_shape_and_no_traceback(database: Path) -> None:
+async def test_what_is_no_http_gets_the_same_shape_and_no_traceback(
+    database: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(amhrpd.CONNECTION_OPTIONS, "lingering_time", 0.1)
     head = b"POST /command?device_type=none&command_name=x HTTP/1.1\r\nHost: x\r\n"
     requests = {
         b"This is a webSocket client!\r\n\r\n": b"400",
         b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n": b"400",
-        b"GET /health?" + b"x" * 70000 + b" HTTP/1.1\r\nHost: x\r\n\r\n": b"413",
+        b"GET /health?" + b"x" * 17000 + b" HTTP/1.1\r\nHost: x\r\n\r\n": b"413",
         b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 9000 + b"\r\n\r\n": b"413",
         head + b"Content-Length: -5\r\n\r\n": b"400",
         head + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n": b"400",
@@ -5254,20 +6463,29 @@ async def test_what_is_no_http_gets_the_same_shape_and_no_traceback(database: Pa
                 assert answer.split()[1] == status, (request[:60], answer)
                 assert set(json.loads(body)) == {"error", "error_code"}
                 writer.close()
-            for request in (head + b"Content-Length: 500\r\n\r\n{", head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
+            refused = head.replace(b"=none", b"=none&x=")
+            for request in (
+                head + b"Content-Length: 500\r\n\r\n{",
+                head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+                refused + b"Content-Length: 500\r\n\r\n{",
+                refused + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n{",
+                b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+            ):
                 reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
                 writer.write(request)
                 writer.write_eof()
                 async with asyncio.timeout(PATIENCE_S):
                     await reader.read()
                 writer.close()
+            await eventually(lambda: len(client.server.connections) <= 1)  # what is thrown away is bounded, too
             payload = "%20" * 5000 + "%7B%7D"
             assert (await client.post(f"/command?device_type=none&command_name=x&payload={payload}"))["payload"] == {}
             answer = await client.post("/command?device_type=none&command_name=x&payload=", status=400)
             assert "payload in the query" in answer["error"]
             await client.post("/command?device_type=none&command_name=x", b"{}", headers={"Expect": "100-continue"})
-            await client.post("/command?device_type=none&command_name=x", b"{}", headers={"Expect": "miracles"})
+            assert (await client.post("/command", b'{"v":1e999}', 400))["error"] == "the body has a number that is out of range"
         assert [event for event in events if event.get("level") == "error" or "exception" in event] == []
+    assert "Unhandled" not in capfd.readouterr().err
 
 
 @needing_openssl
@@ -5290,6 +6508,13 @@ async def test_tls(database: Path, tmp_path: Path) -> None:
             await client.session.get(f"http://127.0.0.1:{client.port}/health")
 
 
+def connected_to(port: int) -> socket.socket:
+    connection = socket.socket()
+    connection.connect(("127.0.0.1", port))
+    connection.setblocking(False)
+    return connection
+
+
 def memory_kb(pid: int) -> int:
     """What the process takes of the machine's memory (VmRSS)."""
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
@@ -5306,7 +6531,10 @@ async def test_tls_takes_little_memory_and_leaves_none_behind(database: Path, tm
     process = Process(database, port, {"AMHRPD_TLS_CERT": str(cert), "AMHRPD_TLS_KEY": str(key)})
 
     async def is_closed(connection: socket.socket) -> bool:
-        return await asyncio.get_running_loop().sock_recv(connection, 1) == b""
+        with contextlib.suppress(ConnectionError):
+            while await asyncio.get_running_loop().sock_recv(connection, 100):  # a TLS alert
+                pass
+        return True
 
     try:
         await eventually(lambda: "listening" in process.log)
@@ -5324,14 +6552,17 @@ async def test_tls_takes_little_memory_and_leaves_none_behind(database: Path, tm
                 await board(number)
             assert (memory_kb(process.popen.pid) - before_kb) / 60 < 90
             before_kb = memory_kb(process.popen.pid)
-            for _ in range(3):
+            for _ in range(5):
                 silent = [connected_to(port) for _ in range(200)]
-                for connection in silent:
-                    connection.shutdown(socket.SHUT_WR)
+                for number, connection in enumerate(silent):
+                    if number % 2:
+                        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    else:
+                        connection.shutdown(socket.SHUT_WR)
                 assert all(await asyncio.gather(*map(is_closed, silent)))
                 for connection in silent:
                     connection.close()
-            assert memory_kb(process.popen.pid) - before_kb < 25_000
+            assert memory_kb(process.popen.pid) - before_kb < 15_000
         assert "Traceback" not in process.log
     finally:
         process.popen.kill()
@@ -5392,6 +6623,20 @@ async def test_connections_that_ended_leave_nothing_for_the_collector(database: 
                 await caller.drain()
                 await asyncio.sleep(0.02)
                 caller.transport.abort()
+                for request in (
+                    b"GET /nothing HTTP/1.1\r\nHost: x\r\n",
+                    b"PUT /devices HTTP/1.1\r\nHost: x\r\n",
+                    b"GET /devices?x=1 HTTP/1.1\r\nHost: x\r\n",
+                    b"GET /devices HTTP/1.1\r\nHost: evil.example\r\n",
+                    b"GET /ws/a HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n",
+                    b"GET /ws/a b HTTP/1.1\r\nHost: x\r\n",
+                    b"GET /devices HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 5000 + b"\r\n",
+                    b"POST /command HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n{",
+                ):
+                    reader, caller = await asyncio.open_connection("127.0.0.1", client.port)
+                    caller.write(request + b"\r\n")
+                    assert (await reader.readline()).split()[1].startswith(b"4"), request
+                    caller.close()
             await eventually(lambda: alive() <= 2)  # the client's own
         finally:
             gc.enable()
@@ -5454,12 +6699,12 @@ async def test_simulation_with_something_missing_ends_with_1(
         exit_code, shown = await played(client.port, commands=0, device_token="token-of-nobody")
         assert exit_code == 1
         assert "missing: sim_0002, which never came up" in shown
-    put = amhrpd.Backlog.put_snapshot
+    put = amhrpd.Backlog.put_telemetry
 
-    def lose_one(self: amhrpd.Backlog, row: dict[str, Any]) -> bool:
-        return '"seq":3,' in row["state_data"] or put(self, row)
+    def lose_one(self: amhrpd.Backlog, table: Any, row: amhrpd.Values, json: bytes) -> bool:
+        return b'"seq":3,' in json or put(self, table, row, json)
 
-    monkeypatch.setattr(amhrpd.Backlog, "put_snapshot", lose_one)
+    monkeypatch.setattr(amhrpd.Backlog, "put_telemetry", lose_one)
     monkeypatch.setattr(amhrpd.Dispatch, "acknowledge", lambda *_: None)
     async with gateway_on(database) as client:
         exit_code, shown = await played(client.port, commands=3, status_interval_s=0.05)
@@ -5510,32 +6755,50 @@ NETWORK_TROUBLE = r"Failed to load resource|net::ERR"  # what Chromium itself sa
 
 
 @contextlib.asynccontextmanager
-async def page_on(client: Client, *, allowed: str = "^$", path: str = "/", **options: Any) -> AsyncIterator[Page]:
-    """The gateway's page, open in Chromium. Whatever goes wrong in it, but what is allowed, fails the test."""
+async def page_on(
+    client: Client, *, allowed: str = "^$", path: str | None = "/", script: str = "", **options: Any
+) -> AsyncIterator[Page]:
+    """The gateway's page, open in Chromium. Whatever goes wrong in it or in its other windows, but what is allowed, fails the
+    test. A script runs before the page's own.
+    """
     wrong: list[str] = []
-    async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    async with chromium() as browser:
         context = await browser.new_context(**{"viewport": {"width": 1280, "height": 860}} | options)
+        context.set_default_timeout(PATIENCE_S * 1000)
+        context.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        context.on("weberror", lambda error: wrong.append(str(error.error)))
+        context.on("request", lambda request: None if is_own(client, request.url) else wrong.append(request.url))
         page = await context.new_page()
-        page.set_default_timeout(PATIENCE_S * 1000)
-        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: None if is_own(client, request.url) else wrong.append(request.url))
-        try:
+        if script:
+            await page.add_init_script(script)
+        if path is not None:
             await page.goto(f"http://127.0.0.1:{client.port}{path}")
-            yield page
+        yield page
+    assert not [text for text in wrong if not re.search(allowed, text)]
+
+
+@contextlib.asynccontextmanager
+async def chromium(*flags: str) -> AsyncIterator[Browser]:
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *flags])
+        try:
+            yield browser
         finally:
             await browser.close()
-    assert not [text for text in wrong if not re.search(allowed, text)]
 
 
 def is_own(client: Client, url: str) -> bool:
     return url.startswith((f"http://127.0.0.1:{client.port}/", "data:"))
 
 
-async def shows(page: Page, selector: str, text: str) -> None:
+async def shows(page: Page, selector: str, text: str, *, within_s: float = PATIENCE_S) -> None:
     """Wait until an element has this text in it."""
-    await page.locator(selector, has_text=text).first.wait_for()
+    await page.locator(selector, has_text=text).first.wait_for(timeout=within_s * 1000)
+
+
+async def send_command(page: Page, name: str) -> None:
+    await page.get_by_label("Command", exact=True).fill(name)
+    await page.get_by_role("button", name="Send", exact=True).click()
 
 
 async def tell_waves(board: ClientConnection, interval_s: float = 0.05) -> None:
@@ -5593,12 +6856,9 @@ async def test_page_shows_a_board_live_and_sends_it_commands(database: Path) -> 
                 await shows(page, "#said", "✓ 1 board answered success")
                 assert (await client.get("/command-logs?limit=1"))["logs"][0]["command_name"] == "stop"
             await say(board, "alert", alert_type="obstacle", message="wall")
-            await shows(page, ".card.look", "obstacle: wall")
+            await shows(page, ".card.alert", "obstacle: wall")
         await shows(page, ".card.offline", "■ offline")
         assert (await page.title()).startswith("1 offline")
-        await page.reload()
-        await page.get_by_role("button", name='turn {"angle": 90} → every ESP32-S3').click()
-        assert await page.get_by_label("Command", exact=True).input_value() == "turn"
 
 
 async def has_sparkline(card: Any) -> bool:
@@ -5607,23 +6867,6 @@ async def has_sparkline(card: Any) -> bool:
 
 async def differs(element: Any, before: str) -> bool:
     return bool(await element.inner_text() != before)
-
-
-@in_a_browser
-@in_a_loop
-async def test_page_marks_an_odd_reading(database: Path) -> None:
-    async with gateway_on(database) as client, client.board("calm"), client.board("odd") as board:
-        async with background(tell_waves(board, 0.002)):
-            await eventually(lambda: has_states(client, "odd", 100))
-        async with page_on(client) as page:
-            await shows(page, ".card", "temperature")
-            assert await page.locator(".card.look").count() == 0
-            await say(board, "status", payload={"temperature": 80.5, "mode": "hold"})
-            await shows(page, ".card.look .odd", "⚠ 80.5")
-            await page.reload()
-            await shows(page, ".card.look .odd", "⚠ 80.5")
-            await page.get_by_role("button", name="Look at 1").click()
-            await page.locator(".card", has_text="calm").wait_for(state="hidden")
 
 
 @in_a_browser
@@ -5650,29 +6893,26 @@ async def test_page_shows_one_board_in_depth(database: Path) -> None:
             for number in range(1, 31):
                 await say(board, "status", payload={"angle": number, "mode": "hold"})
             await page.get_by_role("link", name="servo_1").click()
-            plot = page.locator(".plot", has_text="angle")
+            await shows(page, ".plot", "angle")
             await shows(page, ".plot output", "30")
-            await plot.locator(".area").focus()
-            await page.keyboard.press("ArrowLeft")
-            await shows(page, ".plot output", "29 at ")
-            await plot.locator(".area").hover(position={"x": 1, "y": 40})
-            await shows(page, ".plot output", "1 at ")
+            assert await page.locator(".plot .y").all_inner_texts() == ["0", "10", "20", "30"]
             for name in ("An hour", "A day", "1,000 states"):
-                await page.get_by_role("button", name=name).click()
+                await page.get_by_label("Range of the plots").select_option(name)
                 await shows(page, ".plot output", "30")
             await say(board, "status", payload={"angle": 31})
             await shows(page, ".plot output", "31")
-            await shows(page, "#metadata", "2.0.0")
+            await shows(page, "#record", "2.0.0")
             await shows(page, "#history tr", "connected")
             assert await page.get_by_role("button", name="Delete").is_disabled()
-            csv = await page.get_by_role("link", name="Download CSV").get_attribute("href")
-            assert csv == "state-history/servo_1?format=csv&limit=100000"
-            async with client.session.get(f"http://127.0.0.1:{client.port}/{csv}") as response:
+            table = str(await page.get_by_role("link", name="Download a table").get_attribute("href"))
+            assert table.endswith("/state-history/servo_1?format=excel&limit=100000")
+            async with client.session.get(table) as response:
                 assert (response.status, response.content_type) == (200, "text/csv")
             assert await page.locator("#to").input_value() == "id servo_1"
         await shows(page, "#history tr", "disconnected")
         page.on("dialog", lambda dialog: dialog.accept())
         await page.get_by_role("button", name="Delete").click()
+        await shows(page, "#work", "servo_1 is forgotten, with 31 states")
         await shows(page, "#none", "No board has connected yet")
         await client.get("/devices/servo_1", 404)
 
@@ -5689,8 +6929,8 @@ async def test_page_draws_a_day_of_states(database: Path) -> None:
             sql = "INSERT INTO device_state_snapshots (device_id, device_type, state_data, timestamp) VALUES (?, ?, ?, ?)"
             connection.executemany(sql, rows)
         async with page_on(client, path="/#old") as page:
-            await page.get_by_role("button", name="A day").click()
-            await eventually(lambda: page.locator(".plot .area", has_text="8000").count())
+            await page.get_by_label("Range of the plots").select_option("A day")
+            await page.get_by_text("10000", exact=True).wait_for()  # the scale's end
             line = str(await page.locator(".plot path").nth(1).get_attribute("d"))
             assert 800 <= line.count("L") + line.count("M") <= 1000
 
@@ -5713,7 +6953,7 @@ async def test_page_asks_for_the_token_and_for_a_new_one(database: Path) -> None
             await page.get_by_role("button", name="Send", exact=True).click()
             await shows(page, "#commands li", "blink")
             await client.gateway.stop()
-            await shows(page, "#link", "doesn't answer")
+            await shows(page, "#link", "No news from the gateway since ")
             async with moved(page, port, gateway_on(database.with_name("other.db"), port=0, api_token="a-token-2")):
                 await shows(page, "#notice", "wants another token")
 
@@ -5742,7 +6982,7 @@ async def test_page_survives_a_restart_of_the_gateway(database: Path) -> None:
             async with client.board("servo_1"):
                 await shows(page, ".card", "online")
             await shows(page, "#link", "live")
-        await shows(page, "#link", "doesn't answer")
+        await shows(page, "#link", "No news from the gateway since ")
         async with gateway_on(database, port=port) as client, client.board("wheel_1") as board:
             await shows(page, "#link", "live · 1 of 2 boards online")
             await shows(page, ".card.offline", "servo_1")
@@ -5786,10 +7026,9 @@ async def test_page_runs_nothing_that_a_board_says(database: Path) -> None:
             await shows(page, "#commands li", evil)
             await page.locator("#commands summary").click()
             await page.get_by_role("link", name="evil").click()
-            await shows(page, "#metadata", "onerror")
+            await shows(page, "#record", "onerror")
             await shows(page, ".plot", evil)
             await shows(page, "#alert", evil)
-            await shows(page, "#texts", evil)
         assert await page.locator("main img, main script").count() == 0
         assert await page.evaluate("({}).polluted") is None
 
@@ -5826,7 +7065,7 @@ async def test_page_shows_1000_boards_without_stutter(database: Path) -> None:
                 })"""
             )
         assert longest_ms < 400  # on a machine that plays 1,000 boards and the gateway besides
-        await page.get_by_label("Find a board").fill("board_999")
+        await page.get_by_label("Find boards").fill("board_999")
         await page.locator(".card", has_text="board_999").wait_for(state="visible")
         await page.locator(".card", has_text="board_1").first.wait_for(state="hidden")
         assert await page.locator(".card:visible").count() == 1
@@ -5845,10 +7084,10 @@ async def test_page_fits_a_phone_and_follows_light_and_dark(database: Path) -> N
             async with page_on(client, viewport=size, color_scheme=scheme, has_touch=True) as page:
                 await shows(page, ".card", "online")
                 assert await page.evaluate("document.documentElement.scrollWidth") <= 360
-                await page.get_by_role("button", name="Command …").tap()
+                await page.get_by_text("Send a command").tap()
                 await shows(page, "#commands li", "fff")
                 assert await page.get_by_label("Command", exact=True).is_visible()
-                await page.get_by_role("button", name="Close").tap()
+                await page.get_by_text("Send a command").tap()
                 await page.get_by_role("link", name="x" * 64).tap()
                 await page.locator(".plot").first.wait_for()
                 assert await page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -5857,3 +7096,508 @@ async def test_page_fits_a_phone_and_follows_light_and_dark(database: Path) -> N
                 assert 44 <= stop["height"] < 740 - stop["y"] + 1  # in view and as large as a thumb
                 shades.append(await page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
         assert shades[0] != shades[1]
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_is_live_only_while_it_hears_the_gateway(database: Path) -> None:
+    async with process_on(database) as (process, client), client.board("servo_1") as board:
+        await say(board, "status", payload={"angle": 1})
+        async with page_on(client) as page:
+            await shows(page, ".card", "● online")
+            process.popen.send_signal(signal.SIGSTOP)
+            await shows(page, "#link", "No news from the gateway since ", within_s=14)
+            await shows(page, ".old .card", "○ was online")
+            assert (await page.title()).startswith("away")
+            process.popen.send_signal(signal.SIGCONT)
+            await shows(page, "#link", "live · 1 of 1 board online", within_s=14)
+            await say(board, "status", payload={"angle": 2})
+            await shows(page, "body:not(.old) .card dd", "2")
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_knows_what_became_of_a_command_that_nobody_answered(database: Path) -> None:
+    async with (
+        process_on(database) as (process, client),
+        client.board("servo_1") as board,
+        page_on(client) as page,
+        background(answer_commands(board)),
+    ):
+        await shows(page, "#link", "1 of 1 board online")
+        process.popen.send_signal(signal.SIGSTOP)
+        await send_command(page, "turn")
+        await shows(page, "#answer", "Nobody knows whether turn was sent: no answer in time")
+        process.popen.send_signal(signal.SIGCONT)
+        await shows(page, "#commands li", "✓ 1 board answered success")
+        await shows(page, "#commands li", "turn → all boards")
+        await eventually(lambda: is_empty(page, "#answer"))
+        assert [row["command_name"] for row in (await client.get("/command-logs"))["logs"]] == ["turn"]
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_says_not_sent_only_of_what_was_not_sent(database: Path) -> None:
+    is_over = asyncio.Event()
+
+    async def hold_back(route: Route) -> None:
+        name = json.loads(route.request.post_data or "{}")["command_name"]
+        if name == "turn":  # it arrives, and its answer doesn't
+            await route.fetch()
+        if name in ("turn", "blink"):
+            await is_over.wait()
+            with contextlib.suppress(playwright.Error):  # the page gave it up
+                await route.abort()
+        else:
+            await route.continue_()
+
+    async with gateway_on(database) as client, page_on(client, allowed=NETWORK_TROUBLE) as page, client.board("a"):
+        await shows(page, "#link", "1 of 1 board online")
+        await page.route("**/command", hold_back)
+        await send_command(page, "turn")
+        await shows(page, "#answer", "Nobody knows whether turn was sent")
+        await eventually(lambda: is_empty(page, "#answer"))
+        await send_command(page, "blink")
+        await shows(page, "#answer", "Nobody knows whether blink was sent")
+        await shows(page, "#answer", "Not sent: the gateway knows nothing of it")
+        await send_command(page, "x" * 255)
+        await shows(page, "#commands li", "xxx")
+        await page.locator("#to").select_option("several boards …")
+        await page.get_by_label("Boards, with commas between").fill("a, nobody")
+        await send_command(page, "jump")
+        await shows(page, "#answer", "Not sent: ")
+        names = [row["command_name"] for row in (await client.get("/command-logs"))["logs"]]
+        assert names == ["x" * 255, "turn"]
+        is_over.set()
+
+
+async def is_empty(page: Page, selector: str) -> bool:
+    return not await page.locator(selector).inner_text()
+
+
+@in_a_browser
+@in_a_loop
+async def test_stop_that_lay_in_a_gateway_that_stood_still_is_told_when_it_goes_on(database: Path) -> None:
+    async with (
+        process_on(database) as (process, client),
+        client.board("wheel_1") as board,
+        page_on(client) as page,
+        background(answer_commands(board)),
+    ):
+        await shows(page, "#link", "1 of 1 board online")
+        process.popen.send_signal(signal.SIGSTOP)
+        await page.get_by_role("button", name="Stop all boards").click()
+        await shows(page, "#said", "STOP: no answer yet")
+        await shows(page, "#said", "Nobody knows whether stop was sent")
+        process.popen.send_signal(signal.SIGCONT)
+        await shows(page, "#said", "✓ 1 board answered success")
+        await shows(page, "#link", "live")
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_sends_to_no_other_target_than_the_one_chosen(database: Path) -> None:
+    async with gateway_on(database) as client, page_on(client) as page, client.board("other"):
+        async with client.board("robot", "wheels"):
+            await shows(page, "#link", "2 of 2 boards online")
+            await page.locator("#to").select_option("robot")
+        await client.ask("DELETE", "/devices/robot")
+        await shows(page, "#to", "nobody: robot is not there any more")
+        await send_command(page, "forward")
+        await shows(page, "#answer", "Not sent: robot is not there any more")
+        async with client.board("robot", "wheels") as robot:
+            await shows(page, "#link", "2 of 2 boards online")
+            await send_command(page, "forward")  # it is chosen no more, until somebody chooses
+            await shows(page, "#answer", "Not sent: robot is not there any more")
+            await page.locator("#to").select_option("every wheels (1 online)")
+            await say(robot, "registration", device_type="legs")
+            await shows(page, "#to", "nobody: every wheels is not there any more")
+            await send_command(page, "forward")
+            await shows(page, "#answer", "Not sent: every wheels is not there any more")
+        assert (await client.get("/command-logs"))["total"] == 0
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_tells_types_apart_by_their_blanks(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("plain"), client.board("padded", " ESP32 ") as padded:
+        async with page_on(client) as page:
+            await shows(page, ".card", '" ESP32 " · seen')
+            await page.locator("#to").select_option('every " ESP32 " (1 online)')
+            await send_command(page, "blink")
+            assert (await hear(padded, "command"))["command_name"] == "blink"
+            await client.post("/command", {"device_id": ["plain", "padded"], "command_name": "both"})
+            await shows(page, "#commands li", "both → 2 boards")
+        devices = {row["command_name"]: row["device_type"] for row in (await client.get("/command-logs"))["logs"]}
+        assert devices == {"blink": " ESP32 ", "both": "*"}
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_shows_when_a_board_was_heard_last(database: Path) -> None:
+    async def age(route: Route) -> None:
+        answer = await (await route.fetch()).json()
+        for device in answer["devices"]:
+            device["last_heartbeat"] = (datetime.now(UTC) - timedelta(seconds=41)).isoformat().removesuffix("+00:00")
+        await route.fulfill(json=answer)
+
+    async with gateway_on(database) as client, client.board("servo_1") as board, page_on(client, path=None) as page:
+        await page.route("**/devices", age)
+        await page.goto(f"http://127.0.0.1:{client.port}/")
+        await shows(page, ".card", "seen 4")
+        async with background(beat(board)):
+            await shows(page, ".card", "seen now")
+
+
+async def beat(board: ClientConnection) -> None:
+    """A heartbeat now and then, for ever."""
+    while True:
+        await say(board, "heartbeat", device_type="ESP32")
+        await asyncio.sleep(0.5)
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_shows_deadmen_as_they_come_and_go(database: Path) -> None:
+    async with gateway_on(database) as client, page_on(client) as page, client.board("wheel_1") as board:
+        await shows(page, ".card", "online")
+        async with background(answer_commands(board)):
+            await client.post("/command", driving(60, "wheel_1"))
+            await shows(page, ".card", "deadman due")
+            await client.post("/command", {"device_id": "wheel_1", "command_name": "stop"})
+            await page.locator(".card", has_not_text="deadman").wait_for()
+            await page.get_by_role("link", name="wheel_1").click()
+            await client.post("/command", driving(1, "wheel_1"))
+            await shows(page, "#facts", "deadman due")
+            await page.locator("#facts", has_not_text="deadman").wait_for()
+
+
+@in_a_browser
+@in_a_loop
+async def test_what_is_refused_once_is_asked_again_and_told_where_it_belongs(database: Path) -> None:
+    async def refuse(route: Route) -> None:
+        await route.fulfill(status=429, json={"error": "too many at once", "error_code": "RESOURCE_EXHAUSTED"})
+
+    async with gateway_on(database) as client, client.board("left") as left, client.board("right") as right:
+        for board in (left, right):
+            for number in range(9):
+                await say(board, "status", payload={"n": number})
+        await eventually(lambda: has_states(client, "left", 9))
+        async with page_on(client, allowed=NETWORK_TROUBLE, path=None) as page:
+            await page.route("**/*-history/left?*", refuse)
+            await page.goto(f"http://127.0.0.1:{client.port}/#/left")
+            await shows(page, "#problems", "The readings can't be read: too many at once. Trying again")
+            await page.get_by_role("link", name="all boards").click()
+            await page.get_by_role("link", name="right").click()
+            await shows(page, ".plot output", "8")
+            assert await is_empty(page, "#problems")
+            await page.get_by_role("link", name="all boards").click()
+            await eventually(lambda: has_sparkline(page.locator(".card", has_text="right")))
+            assert await page.locator(".card .spark").count() == 1
+            await page.unroute_all()
+            await eventually(lambda: has_sparkline(page.locator(".card", has_text="left")))
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_draws_the_largest_and_the_smallest_numbers(database: Path) -> None:
+    async with gateway_on(database) as client, client.board("odd") as board, page_on(client, path="/#/odd") as page:
+        values = {"large": [-1e308, 1.7e308], "small": [0, 5e-324], "flat": [1e300, 1e300], "near": [1e15, 1e15 + 0.125]}
+        for number in range(2):
+            await say(board, "status", payload={name: pair[number] for name, pair in values.items()})
+        await eventually(lambda: page.locator(".plot").count())
+        await shows(page, ".plot output", "1.7e+308")
+        lines = "paths => paths.map((path) => path.getAttribute('d'))"
+        paths = await page.locator(".plot path").evaluate_all(lines)
+        await page.get_by_role("link", name="all boards").click()
+        await shows(page, ".card dd", "1.7e+308")
+        await eventually(lambda: page.locator(".card .spark").count())
+        paths += await page.locator(".card .spark").evaluate_all(lines)
+        assert len(paths) == 4 * 2 + 4
+        assert not [path for path in paths if re.search("NaN|Infinity|undefined", path)]
+
+
+@in_a_browser
+@in_a_loop
+async def test_board_that_was_looked_at_gives_its_memory_back(database: Path) -> None:
+    async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
+        ids = [f"board_{number}" for number in range(8)]
+        for device_id in ids:
+            await stack.enter_async_context(client.board(device_id))
+        state = json.dumps({f"n{number}": number for number in range(40)})
+        with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection, connection:
+            sql = "INSERT INTO device_state_snapshots (device_id, device_type, state_data, timestamp) VALUES (?, ?, ?, ?)"
+            now = datetime.now(UTC).replace(tzinfo=None)
+            moments = [str(now - timedelta(seconds=number)) for number in range(1000)]
+            connection.executemany(sql, [(device_id, "ESP32", state, at) for device_id in ids for at in moments])
+        page = await stack.enter_async_context(page_on(client))
+        tools = await page.context.new_cdp_session(page)
+
+        async def used_mb() -> float:
+            await tools.send("HeapProfiler.collectGarbage")
+            return float((await tools.send("Runtime.getHeapUsage"))["usedSize"]) / 1e6
+
+        used: list[float] = []
+        for device_id in ids:
+            await page.get_by_role("link", name=device_id).click()
+            await page.locator(".plot").nth(39).wait_for()
+            await page.get_by_role("link", name="all boards").click()
+            await page.locator(".card").first.wait_for()
+            used.append(await used_mb())
+        assert used[-1] < used[0] + 8, used  # one board's points take some 3 MB
+
+
+@in_a_browser
+@in_a_loop
+async def test_stop_goes_out_at_once_from_one_of_six_windows(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = asyncio.Event()
+
+    async def answer_late(*_: Any, **__: Any) -> list[Any]:
+        await is_over.wait()
+        return []
+
+    async with gateway_on(database) as client, client.board("wheel_1") as board, page_on(client) as page:
+        windows = [page]
+        for _ in range(5):
+            windows.append(await page.context.new_page())
+            await windows[-1].goto(page.url)
+        for number, window in enumerate(windows):
+            await shows(window, "#link", "live · 1 of 1 board online")
+            await say(board, "status", payload={"n": 100 + number})
+            await shows(window, ".card dd", str(100 + number))
+        await eventually(lambda: streams_of(windows, 1))
+        monkeypatch.setattr(amhrpd.Store, "history", answer_late)
+        for window in windows:  # each asks for two histories
+            await window.get_by_role("link", name="wheel_1").click()
+            await shows(window, "#name", "wheel_1")
+        await windows[3].get_by_role("button", name="Stop all boards").click()
+        assert (await hear(board, "command"))["command_name"] == "stop"
+        assert await stop_waited_ms(windows[3]) < 1000
+        is_over.set()
+        (leader,) = [window for window in windows if await window.evaluate("stream !== null")]
+        windows.remove(leader)
+        await leader.close(run_before_unload=True)
+        await eventually(lambda: streams_of(windows, 1))
+        await say(board, "status", payload={"n": 7})
+        for window in windows:
+            await shows(window, ".plot output", "7")
+
+
+async def stop_waited_ms(page: Page) -> float:
+    """How long the request of STOP ALL waited for a connection."""
+    await shows(page, "#said", "Stop, ")
+    timing = "performance.getEntriesByType('resource').filter(({ name }) => name.endsWith('/command'))"
+    return float(await page.evaluate(f"{timing}.map((entry) => entry.requestStart - entry.startTime)[0]"))
+
+
+async def streams_of(windows: Sequence[Page], count: int) -> bool:
+    return [await window.evaluate("stream !== null") for window in windows].count(True) == count
+
+
+@in_a_browser
+@in_a_loop
+async def test_hidden_tabs_leave_their_connections_to_the_one_that_is_seen(database: Path) -> None:
+    port = free_port()
+    async with (
+        gateway_on(database) as client,
+        client.board("wheel_1") as board,
+        chromium(f"--remote-debugging-port={port}"),
+        playwright.async_playwright() as driver,
+    ):  # as it is: what Playwright opens by itself is never hidden
+        browser = await driver.chromium.connect_over_cdp(f"http://127.0.0.1:{port}", no_defaults=True)
+        (context,) = browser.contexts
+        context.set_default_timeout(PATIENCE_S * 1000)
+        tabs, asked = [], []
+        for _ in range(7):
+            tabs.append(await context.new_page())
+            await tabs[-1].bring_to_front()
+            await tabs[-1].goto(f"http://127.0.0.1:{client.port}/")
+            await shows(tabs[-1], "#link", "live · 1 of 1 board online")
+        assert [await tab.evaluate("document.hidden") for tab in tabs] == [True] * 6 + [False]
+        assert not any([await tab.evaluate("stream !== null") for tab in tabs[:-1]])
+        for tab in tabs[:-1]:
+            tab.on("request", lambda request: asked.append(request.url))
+        await say(board, "status", payload={"n": 1})
+        await shows(tabs[-1], ".card dd", "1")
+        await tabs[-1].get_by_role("button", name="Stop all boards").click()
+        assert (await hear(board, "command"))["command_name"] == "stop"
+        assert await stop_waited_ms(tabs[-1]) < 1000
+        async with tabs[-1].expect_request("**/health"):  # what is regular comes round
+            pass
+        assert asked == []
+        assert await tabs[0].evaluate("boards.get('wheel_1').device.state") is None  # it hears nothing either
+        await tabs[0].bring_to_front()
+        await shows(tabs[0], ".card dd", "1")
+        await shows(tabs[0], "#link", "live")
+        await eventually(lambda: streams_of(tabs, 1))
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_tells_not_read_from_none(database: Path) -> None:
+    async def refuse(route: Route) -> None:
+        await route.fulfill(status=503, json={"error": "the store stalls", "error_code": "STORE_UNAVAILABLE"})
+
+    async with gateway_on(database) as client, page_on(client, allowed=NETWORK_TROUBLE, path=None) as page:
+        await page.route(re.compile("/(devices|command-logs)"), refuse)
+        await page.goto(f"http://127.0.0.1:{client.port}/")
+        await shows(page, "#link", "live")
+        await shows(page, "#none", "The boards can't be read: the store stalls. Trying again …")
+        assert "0" not in await page.locator("#link").inner_text()
+        await page.unroute_all()
+        await page.route("**/command-logs*", refuse)
+        await shows(page, "#none", "No board has connected yet")
+        await shows(page, "#unlogged", "They can't be read: the store stalls")
+        await page.unroute_all()
+        await eventually(lambda: is_empty(page, "#unlogged"))
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_works_in_a_browser_of_2021(database: Path) -> None:
+    lacks = """
+        delete AbortSignal.timeout; delete AbortSignal.any; delete window.BroadcastChannel; delete window.SharedWorker;
+        for (const kind of [Array, String]) delete kind.prototype.at;
+        for (const name of ["findLast", "findLastIndex", "toSorted", "toReversed", "with"]) delete Array.prototype[name];
+        for (const name of ["hasOwn", "groupBy"]) delete Object[name];
+        for (const name of Object.getOwnPropertyNames(Element.prototype))
+            if (name.startsWith("aria")) delete Element.prototype[name];
+    """
+    async with (
+        gateway_on(database) as client,
+        client.board("servo_1") as board,
+        page_on(client, script=lacks) as page,
+        background(tell_waves(board), answer_commands(board)),
+    ):
+        await eventually(lambda: has_sparkline(page.locator(".card")))
+        await send_command(page, "turn")
+        await shows(page, "#commands li", "✓ 1 board answered success")
+        await page.get_by_role("link", name="servo_1").click()
+        await shows(page, ".plot", "temperature")
+        await page.get_by_role("button", name="Stop all boards").click()
+        await shows(page, "#said", "✓ 1 board answered success")
+    text = amhrpd.PAGE
+    assert not re.search(r"light-dark\(|[0-9]dvh|translate:|inset-inline|:has\(|content-visibility|@layer|\(\?<[=!]", text)
+    async with gateway_on(database.with_name("b.db")) as client, page_on(client, java_script_enabled=False) as page:
+        await shows(page, "#link", "This page needs JavaScript, and a browser of 2021 or later.")
+
+
+@in_a_browser
+@in_a_loop
+async def test_pages_that_come_back_together_after_a_restart_all_fill(database: Path) -> None:
+    port = free_port()
+    async with chromium() as browser, contextlib.AsyncExitStack() as stack:
+        pages = []
+        async with gateway_on(database, port=port) as client:
+            boards = [await stack.enter_async_context(await connect(port, f"board_{number}")) for number in range(20)]
+            for board in boards:
+                for number in range(3):
+                    await say(board, "status", device_type="ESP32", payload={"n": number})
+            for _ in range(10):
+                pages.append(await (await browser.new_context(viewport={"width": 600, "height": 700})).new_page())
+                await pages[-1].goto(f"http://127.0.0.1:{port}/")
+                await shows(pages[-1], "#link", "20 of 20 boards online")
+            await eventually(lambda: has_states(client, "board_0", 3))
+        async with gateway_on(database, port=port) as client:
+            for page in pages:
+                await shows(page, "#link", "live · 0 of 20 boards online", within_s=14)
+                await eventually(functools.partial(has_filled, page))
+        await stack.aclose()
+
+
+async def has_filled(page: Page) -> bool:
+    return bool(await page.evaluate("[...boards.values()].every((board) => board.isFilled || !board.isSeen)"))
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_says_that_a_long_deletion_goes_on(database: Path) -> None:
+    is_over = asyncio.Event()
+
+    async def slow_down(route: Route) -> None:
+        if route.request.method == "DELETE":
+            await is_over.wait()
+        await route.continue_()
+
+    async with gateway_on(database) as client, page_on(client, allowed=NETWORK_TROUBLE) as page:
+        page.on("dialog", lambda dialog: dialog.accept())
+        for device_id in ("a", "b"):
+            async with client.board(device_id) as board:
+                await say(board, "status", payload={"n": 1})
+                await shows(page, ".card", device_id)
+        await page.route("**/devices/a", slow_down)
+        await page.get_by_role("link", name="a", exact=True).click()
+        await page.get_by_role("button", name="Delete").click()
+        await shows(page, "#work", "Forgetting a goes on")
+        is_over.set()
+        await shows(page, "#work", "a is forgotten, with 1 states")
+        await page.get_by_role("link", name="b", exact=True).click()
+        async with client.board("b"):
+            await page.evaluate("document.getElementById('delete').onclick()")  # it came back just now
+            await shows(page, "#problems", "Not deleted: ")
+
+
+@in_a_browser
+@in_a_loop
+async def test_bookmark_with_the_token_in_it_works(database: Path) -> None:
+    headers = {"Authorization": "Bearer a-token-1"}
+    async with (
+        gateway_on(database, api_token="a-token-1", headers=headers) as client,
+        client.board("servo_1") as board,
+        page_on(client, allowed=f"{NETWORK_TROUBLE}|x:a-token-1@", path=None) as page,
+    ):
+        await page.goto(f"http://x:a-token-1@127.0.0.1:{client.port}/")
+        await shows(page, "#link", "live · 1 of 1 board online")
+        await page.get_by_role("button", name="Stop all boards").click()
+        assert (await hear(board, "command"))["command_name"] == "stop"
+        await page.get_by_role("link", name="servo_1").click()
+        await shows(page, "#history", "connected")
+        async with page.expect_download() as download:
+            await page.get_by_role("link", name="Download a table").click()
+        assert (await download.value).suggested_filename.endswith(".csv")
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_comes_back_from_a_board_to_where_it_was(database: Path) -> None:
+    async with gateway_on(database) as client, contextlib.AsyncExitStack() as stack:
+        for number in range(500):
+            board = await stack.enter_async_context(await connect(client.port, f"board_{number}"))
+            state = {"temperature": 20, "humidity": 50, "run": "abc", "seq": 1, "battery": 70, "rssi": -60, "volts": 5}
+            await say(board, "status", device_type="ESP32", payload=state)
+        page = await stack.enter_async_context(page_on(client))
+        await shows(page, "#link", "live · 500 of 500 boards online")
+        heights = await page.locator(".card").evaluate_all("cards => cards.map((card) => card.offsetHeight)")
+        seen = await page.locator(".card:has(dd)").count()
+        assert seen < 100
+        assert max(heights) - min(heights) < 30, (min(heights), max(heights))  # those that were not seen yet among them
+        card = page.locator(".card", has_text="board_300")
+        await card.scroll_into_view_if_needed()
+        await card.locator("dd").first.wait_for()
+        names = await card.locator("dt").all_inner_texts()
+        assert names == ["temperature", "humidity", "battery", "rssi", "volts", "run"]
+        before = await page.evaluate("scrollY")
+        for go_back in (page.get_by_role("link", name="all boards").click, page.go_back):
+            await page.get_by_role("link", name="board_300").click()
+            await shows(page, "#name", "board_300")
+            await go_back()
+            await card.wait_for()
+            assert abs(await page.evaluate("scrollY") - before) < 60
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_says_when_a_table_has_not_all_states(database: Path) -> None:
+    async def say_more(route: Route) -> None:
+        answer = await route.fetch()
+        await route.fulfill(response=answer, headers=answer.headers | {"X-AMHRPD-More": "true"})
+
+    async with gateway_on(database) as client, client.board("a") as board, page_on(client) as page:
+        await say(board, "status", payload={"n": 1})
+        await page.get_by_role("link", name="a", exact=True).click()
+        for is_more in (False, True):
+            if is_more:
+                await page.route("**/*format=excel*", say_more)
+            async with page.expect_download():
+                await page.get_by_role("link", name="Download a table").click()
+        await shows(page, "#problems", "The table has the newest 100,000 states, and there are older ones.")
