@@ -1842,8 +1842,8 @@ class Store:
                 deleted[name] = await self._delete(table, find)
                 last = f"DELETE FROM {table} WHERE device_id = ? AND rowid = ?"
                 deleted[name] += await execute(last, [(device_id, until[name])])
-            is_empty = " AND ".join(f"NOT EXISTS (SELECT 1 FROM {table} WHERE device_id = ?1)" for table in histories.values())
-            await execute(f"DELETE FROM devices WHERE device_id = ?1 AND {is_empty}", [(device_id,)])  # else it is back
+            is_empty = " AND ".join(f"NOT EXISTS (SELECT 1 FROM {table} WHERE device_id = ?)" for table in histories.values())
+            await execute(f"DELETE FROM devices WHERE device_id = ? AND {is_empty}", [(device_id,) * 3])  # else it is back
         except STORE_ERRORS as error:
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
         return deleted
@@ -3062,6 +3062,15 @@ class Gateway:
 NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
 
 
+FRAMES_READ_BYTES = 4 << 10  # at once: as tiny frames they take 130 KB
+
+
+def read_at_once(transport: asyncio.BaseTransport | None, size_bytes: int) -> None:
+    """Take so much of what waits on a connection at once; then the next one that sent something has its turn."""
+    with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
+        transport.max_size = size_bytes  # type: ignore[union-attr]
+
+
 def peer_of(request: web.BaseRequest) -> str:
     """The caller's address; IPv4 as IPv4 also where the socket is IPv6."""
     return (request.remote or "unknown").removeprefix("::ffff:")
@@ -3108,6 +3117,7 @@ class DeviceSocket:
     async def serve(self) -> web.WebSocketResponse:
         """Do the handshake and serve the connection until it ends."""
         await self._socket.prepare(self._request)
+        read_at_once(self._request.transport, FRAMES_READ_BYTES)
         self._gateway.connections.add(self)
         try:
             if self._gateway.is_stopping:
@@ -3903,7 +3913,7 @@ def page_headers(page: str) -> dict[str, str]:
 # ======================================================================================================================
 
 MAX_BODY_BYTES = 128 << 10  # a command's 1,000 longest ids and its payloads
-READ_BYTES = 4 << 10  # at once, of asyncio's 256 KiB: as tiny frames they take 130 KB
+READ_BYTES = 16 << 10  # at once, of asyncio's 256 KiB
 BODY_TIMEOUT_S = 10.0
 BROKEN_OFF = (ConnectionError, aiohttp.ClientError, HttpProcessingError, web.RequestPayloadError)  # how reading a body can end
 UNREAD_TIMEOUT_S = 30.0  # for a peer that takes nothing of what waits for it, which would stay in memory for ever
@@ -4208,8 +4218,7 @@ class HttpConnection(web.RequestHandler):
             transport.close()
             return
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
-        with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
-            transport.max_size = READ_BYTES  # type: ignore[attr-defined] # then the next one that sent something has its turn
+        read_at_once(transport, READ_BYTES)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
