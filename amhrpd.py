@@ -1356,7 +1356,7 @@ class Database:
         return connected
 
     def _connect_sqlite(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.file.path, LOCK_TIMEOUT_S, check_same_thread=False)  # another thread closes it
+        connection = sqlite3.connect(self.file.path, timeout=LOCK_TIMEOUT_S, check_same_thread=False)  # another closes it
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # earlier writers left anything
         return connection
 
