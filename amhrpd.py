@@ -1756,7 +1756,7 @@ class Store:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _end(self) -> None:
-        """Leave no task behind. Threads that hang on a disk end with the process."""
+        """Leave no task behind. A thread that hangs on a disk holds up the process's end, until TimeoutStopSec."""
         await self._end_tasks()
         for threads in self._threads:
             threads.shutdown(wait=False)
@@ -1805,6 +1805,11 @@ class Store:
         except STORE_ERRORS as error:
             log.warning("file_not_looked_after", problem=cause_of(error))
 
+    async def _execute(self, statement: str, values: Sequence[Values]) -> int:
+        """One step of a deletion: how many rows it changed. Raises STORE_ERRORS, of them TimeoutError where the disk stalls."""
+        async with asyncio.timeout(self.READ_TIMEOUT_S):
+            return int(await self._writer.run(self._database.execute, statement, values))
+
     async def _delete(self, table: TableName, find: Callable[[Any], Iterable[Row]]) -> int:
         """Delete the rows whose rowids (`number`) are found, until none is, in steps between batches: how many it were."""
         deleted, step = 0, self.ROWS_DELETED_AT_ONCE
@@ -1812,7 +1817,7 @@ class Store:
             numbers = sorted((row["number"],) for row in rows)  # as they lie in the file
             for start in range(0, len(numbers), step):
                 statement = f"DELETE FROM {table} WHERE rowid = ?"
-                await self._writer.run(self._database.execute, statement, numbers[start : start + step])
+                await self._execute(statement, numbers[start : start + step])
                 await asyncio.sleep(0.01)  # a batch that waits has its turn in any case, and the disk some rest
             deleted += len(numbers)
         return deleted
@@ -1822,15 +1827,13 @@ class Store:
 
         What comes of it meanwhile stays. Raises STORE_UNAVAILABLE; then a part may be deleted, and its row is still there.
         """
-        execute = functools.partial(self._writer.run, self._database.execute)
         histories: Mapping[str, TableName] = {"snapshots": "device_state_snapshots", "events": "device_connection_logs"}
         deleted: dict[str, int] = {}
         try:
             if not await self.flush():
                 raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete anything while the database can't be written")
-            await execute(
-                "UPDATE devices SET metadata_json = '{}' WHERE device_id = ?", [(device_id,)]
-            )  # what it said of itself
+            what_it_said_of_itself = "UPDATE devices SET metadata_json = '{}' WHERE device_id = ?"
+            await self._execute(what_it_said_of_itself, [(device_id,)])
             newest = ", ".join(f"(SELECT max(rowid) FROM {table}) AS {name}" for name, table in histories.items())
             (until,) = await self._ask(operator.methodcaller("query", f"SELECT {newest}"))
             for name, table in histories.items():
@@ -1841,9 +1844,12 @@ class Store:
                 find = operator.methodcaller("query", f"{old} LIMIT {self.ROWS_FOUND_AT_ONCE}", **of)
                 deleted[name] = await self._delete(table, find)
                 last = f"DELETE FROM {table} WHERE device_id = ? AND rowid = ?"
-                deleted[name] += await execute(last, [(device_id, until[name])])
+                deleted[name] += await self._execute(last, [(device_id, until[name])])
             is_empty = " AND ".join(f"NOT EXISTS (SELECT 1 FROM {table} WHERE device_id = ?)" for table in histories.values())
-            await execute(f"DELETE FROM devices WHERE device_id = ? AND {is_empty}", [(device_id,) * 3])  # else it is back
+            gone = f"DELETE FROM devices WHERE device_id = ? AND {is_empty}"  # else it is back
+            await self._execute(gone, [(device_id,) * 3])
+        except TimeoutError:
+            raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete all of it: the disk is too slow at the moment") from None
         except STORE_ERRORS as error:
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
         return deleted
@@ -1908,7 +1914,8 @@ class Store:
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't read the database: {cause_of(error)}") from None
 
     async def _ask(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._database.read, ask)
+        async with asyncio.timeout(self.READ_TIMEOUT_S):
+            return await asyncio.get_running_loop().run_in_executor(self._readers, self._database.read, ask)
 
 
 # ======================================================================================================================
@@ -2860,7 +2867,8 @@ class Gateway:
         """Take no more commands, send every armed deadman, log every board off and close its connection with 1001; then
         listeners have heard it all and go.
 
-        Acknowledgements that arrive before a board's echo still count. Bounded by STOP_TIMEOUT_S.
+        Acknowledgements that arrive before a board's echo still count. Takes a second for the commands, and STOP_TIMEOUT_S for
+        the boards, at the most.
         """
         self.is_stopping = True
         await self.dispatch.stop()
@@ -3166,7 +3174,12 @@ class DeviceSocket:
 
     def look_after(self, now_s: float, stood_still_s: float) -> None:
         """Ping the board, or hang up on it where it is silent for too long; the time for which we stood still doesn't count."""
+        transport = self._request.transport
         if self._has_ended:
+            return
+        if transport is not None and not transport.is_reading():  # it waits for its turn: our silence, not the board's
+            self._said_s = self._heard_s = now_s
+            self._pinged_s = None
             return
         self._said_s += stood_still_s
         self._heard_s += stood_still_s
@@ -5128,9 +5141,9 @@ class Broker:
         self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
+                await self._incoming.finish()
                 if self._problem is None:
                     await self._listening
-                    await self._incoming.finish()
                     self._outbox.end()
                     await self._connecting
         await end_tasks([self._listening, self._connecting])

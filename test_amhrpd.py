@@ -4734,6 +4734,20 @@ async def test_both_ip_families_are_served(database: Path, host: str) -> None:
 
 
 @in_a_loop
+async def test_board_that_waits_for_its_turn_is_not_taken_for_a_dead_one(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amhrpd, "UPKEEP_INTERVAL_S", 0.05)
+    monkeypatch.setattr(amhrpd.Backlog, "CONGESTED_BYTES", 0)
+    async with gateway_on(database, ping_interval_s=0.2) as client, client.board("busy") as board:
+        with disk_that_stalls(database):
+            for number in range(2 * amhrpd.DeviceSocket.TURN_FRAMES):  # between the two turns it waits for a second
+                await say(board, "status", payload={"n": number})
+            await eventually(lambda: state_is(client, "busy", {"n": number}), within_s=10)
+        assert await client.events("busy") == ["connected"]
+
+
+@in_a_loop
 async def test_kill_9_loses_no_answered_command_and_only_young_telemetry(database: Path) -> None:
     taken: list[str] = []
     sent_s: list[float] = []
