@@ -614,17 +614,12 @@ COLUMNS = {table: {part.split()[0]: part.split()[1] for part in text.split(",")}
 """Table -> column -> type."""
 
 
-class History(NamedTuple):
-    """A table that grows: the column with the time of a row, and the condition that a row may be deleted."""
-
-    time: str
-    may_go: str
-
-
-HISTORIES: Mapping[TableName, History] = {  # in the order in which they make room
-    "device_state_snapshots": History("timestamp", "true"),
-    "device_connection_logs": History("timestamp", "true"),
-    "command_logs": History("created_at", "status NOT IN ('created', 'sent')"),
+# A table that grows -> the column with the time of a row, and the condition that a row may go; in the order in which they make
+# room.
+HISTORIES: Mapping[TableName, tuple[str, str]] = {
+    "device_state_snapshots": ("timestamp", "true"),
+    "device_connection_logs": ("timestamp", "true"),
+    "command_logs": ("created_at", "status NOT IN ('created', 'sent')"),
 }
 # Which index a question goes by: that of its table whose columns are those that it filters by. Behind them each has the time
 # and, as all of SQLite's, the rowid, so no answer has to be sorted. A question names its index, since planners differ: SQLite
@@ -685,16 +680,6 @@ INSERTIONS = {table: insertion(table) for table in TABLES}
 DISARM = "DELETE FROM amhrpd_deadmen WHERE device_id = ?"
 
 
-@dataclasses.dataclass(slots=True)
-class Batch:
-    """What one transaction writes, and who waits for it."""
-
-    rows: dict[str, list[Values]]  # by statement; devices first, since others refer to them
-    waiting: list[asyncio.Future[None]]
-    count: int
-    telemetry_bytes: int
-
-
 class Storable(Protocol):
     """A device or a command: it waits as an object, and becomes a row when its turn comes."""
 
@@ -706,74 +691,34 @@ class Storable(Protocol):
         """The row as it is now."""
 
 
-Kept = TypeVar("Kept", bound=Storable)
+class Batch(NamedTuple):
+    """What one transaction writes, and who waits for it."""
 
-
-class Bounded(Generic[Kept]):
-    """A dictionary with a limit of entries and of bytes. The oldest make room."""
-
-    def __init__(self, max_entries: int, max_bytes: int) -> None:
-        self._max_entries = max_entries
-        self._max_bytes = max_bytes
-        self._entries: dict[str, tuple[Kept, int]] = {}
-        self._total_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[Kept]:
-        return iter([kept for kept, _ in self._entries.values()])
-
-    def take_all(self) -> list[Kept]:
-        """Take all entries out, the oldest first."""
-        entries, self._entries, self._total_bytes = self._entries, {}, 0
-        return [kept for kept, _ in entries.values()]
-
-    def get(self, key: str) -> Kept | None:
-        """The value, or None."""
-        return self._entries[key][0] if key in self._entries else None
-
-    def pop(self, key: str) -> None:
-        """Take an entry out, if it is in."""
-        _, size_bytes = self._entries.pop(key, (None, 0))
-        self._total_bytes -= size_bytes
-
-    def put(self, key: str, value: Kept) -> list[Kept]:
-        """Put a value in at its place, or at the end, as large as it is now. Returns those that gave way to it."""
-        _, before_bytes = self._entries.get(key, (None, 0))
-        self._entries[key] = value, value.size_bytes
-        self._total_bytes += self._entries[key][1] - before_bytes
-        gone: list[Kept] = []
-        while (len(self._entries) > self._max_entries or self._total_bytes > self._max_bytes) and len(self._entries) > 1:
-            oldest = next(iter(self._entries))
-            gone.append(self._entries[oldest][0])
-            self.pop(oldest)
-        return gone
+    rows: dict[str, list[Values]]  # by statement; devices first, since others refer to them
+    waiting: list[asyncio.Future[None]]
+    size_bytes: int
 
 
 class Backlog:
-    """What waits to be written, and who waits for that. Belongs to the event loop; `put_*` never wait."""
+    """What waits to be written, and who waits for that. Belongs to the event loop; `put_*` never wait.
 
-    TELEMETRY_LIMIT_BYTES = 32 << 20  # out of the unit's 320 MB; some 80,000 snapshots of a real board
+    Devices, commands and deadmen all go with the next batch, as they are then; telemetry, which is appended, bit by bit.
+    """
+
+    LIMIT_BYTES = 40 << 20  # out of the unit's 320 MB; some 100,000 snapshots of a real board
     CONGESTED_BYTES = 8 << 20  # above this no commit interval is waited for
     OVERHEAD_BYTES = 300  # of a row: its tuple, its time and small texts
-    MAX_COMMANDS = 10_000
-    COMMANDS_LIMIT_BYTES = 16 << 20
     SOON_S = 0.003  # what happens to commands and connections within it is one transaction
-    BATCH_BYTES = 1 << 19  # of snapshots; some 5 ms of writing, so a command's row never waits long behind it
-    BESIDE_COMMANDS_BYTES = 1 << 15  # taken along with commands: 0.5 ms
+    BATCH_BYTES = 1 << 18  # of telemetry; some 3 ms of writing, so a command's row never waits long behind it
 
     def __init__(self, commit_interval_s: float) -> None:
         """Telemetry that nobody asks for is written once in `commit_interval_s`."""
         self._commit_interval_s = commit_interval_s
-        self._devices: dict[str, Storable] = {}
-        self._commands: Bounded[Storable] = Bounded(self.MAX_COMMANDS, self.COMMANDS_LIMIT_BYTES)
-        self._deadmen: dict[str, Values | None] = {}  # None: it goes
-        self._events: list[tuple[Values, int]] = []  # with what each takes in memory
-        self._snapshots: deque[tuple[Values, int]] = deque()
-        self._snapshots_taken = 0
-        self._waiting: dict[int, asyncio.Future[None]] = {}  # by how many snapshots are taken before it
-        self._telemetry_bytes = 0  # of snapshots and events that wait or are in flight
+        self._latest: dict[tuple[TableName, str], tuple[str, Callable[[], Values], int]] = {}  # statement, row, bytes
+        self._telemetry: deque[tuple[str, Values, int]] = deque()
+        self._telemetry_taken = 0
+        self._waiting: dict[int, asyncio.Future[None]] = {}  # by how much telemetry is taken before it
+        self._size_bytes = 0  # of all that waits or is in flight
         self._in_flight = 0  # rows that were taken and are not settled
         self.rows_dropped = 0
         self.is_due = asyncio.Event()  # what waits is to be written now
@@ -784,13 +729,12 @@ class Backlog:
     @property
     def rows_waiting(self) -> int:
         """How many rows are not in the file yet."""
-        waiting: tuple[Any, ...] = (self._devices, self._commands, self._events, self._deadmen, self._snapshots)
-        return sum(map(len, waiting)) + self._in_flight
+        return len(self._latest) + len(self._telemetry) + self._in_flight
 
     @property
     def is_congested(self) -> bool:
-        """Whether much telemetry waits."""
-        return self._telemetry_bytes > self.CONGESTED_BYTES
+        """Whether much waits."""
+        return self._size_bytes > self.CONGESTED_BYTES
 
     def call_writer(self, due_s: float = 0.0) -> None:
         """Have the writer come at this monotonic time, at once where it is over."""
@@ -801,78 +745,80 @@ class Backlog:
 
     def put_device(self, device_id: str, device: Storable, *, urgent: bool = True) -> None:
         """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
-        self._devices[device_id] = device
+        self._put("devices", device_id, INSERTIONS["devices"], device.row, device.size_bytes)
         self.call_writer(time.monotonic() + self.SOON_S if urgent else self._telemetry_due_s)
 
-    def put_command(self, command_id: str, command: Storable, *, soon: bool = True) -> None:
-        """Write a command's row, `soon` or at once. Where too many wait, the oldest are dropped."""
-        self.rows_dropped += len(self._commands.put(command_id, command))
+    def put_command(self, command_id: str, command: Storable, *, soon: bool = True) -> bool:
+        """Write a command's row, `soon` or at once. False where too much waits and it was dropped."""
         self.call_writer(time.monotonic() + self.SOON_S if soon else 0.0)
+        return self._put("command_logs", command_id, INSERTIONS["command_logs"], command.row, command.size_bytes)
 
     def put_deadman(self, device_id: str, row: Values | None) -> None:
         """Write the row of a device's deadman or, with None, take it away: with what is written next."""
-        self._deadmen[device_id] = row
+        statement = DISARM if row is None else INSERTIONS["amhrpd_deadmen"]
+        self._put("amhrpd_deadmen", device_id, statement, lambda: row or (device_id,), self.OVERHEAD_BYTES)
         self.call_writer(self._telemetry_due_s)
+
+    def _put(self, table: TableName, key: str, statement: str, row: Callable[[], Values], size_bytes: int) -> bool:
+        """Write a row in place of the one of its key that waits. Where too much waits a new one is dropped, but no deadman."""
+        *_, before_bytes = self._latest.get((table, key), (0,))
+        if before_bytes == 0 and self._size_bytes > self.LIMIT_BYTES and table != "amhrpd_deadmen":
+            self.rows_dropped += 1
+            return False
+        self._latest[table, key] = statement, row, size_bytes
+        self._size_bytes += size_bytes - before_bytes
+        return True
 
     def put_telemetry(
         self, table: Literal["device_state_snapshots", "device_connection_logs"], row: Values, json: Json
     ) -> bool:
-        """Append a row, whose only long value is this JSON. False where too much telemetry waits and it was dropped."""
-        if self._telemetry_bytes > self.TELEMETRY_LIMIT_BYTES:
+        """Append a row, whose only long value is this JSON. False where too much waits and it was dropped."""
+        if self._size_bytes > self.LIMIT_BYTES:
             self.rows_dropped += 1
             return False
         size_bytes = self.OVERHEAD_BYTES + len(json)
-        self._telemetry_bytes += size_bytes
-        if table == "device_state_snapshots":
-            self._snapshots.append((row, size_bytes))
-            self.call_writer(0.0 if self._telemetry_bytes > self.CONGESTED_BYTES else self._telemetry_due_s)
-        else:
-            self._events.append((row, size_bytes))
-            self.call_writer(time.monotonic() + self.SOON_S)
+        self._telemetry.append((INSERTIONS[table], row, size_bytes))
+        self._size_bytes += size_bytes
+        is_event = table == "device_connection_logs"
+        soon_s = time.monotonic() + self.SOON_S if is_event else self._telemetry_due_s
+        self.call_writer(0.0 if self.is_congested else soon_s)
         return True
 
-    def join(self, *, behind_snapshots: bool) -> asyncio.Future[None]:
-        """A future that is done when all that was put before is written: with the snapshots, or without."""
+    def join(self, *, behind_telemetry: bool) -> asyncio.Future[None]:
+        """A future that is done when all that was put before is written: with the telemetry, or without."""
         self.call_writer()
-        before = self._snapshots_taken + len(self._snapshots) if behind_snapshots else 0
+        before = self._telemetry_taken + len(self._telemetry) if behind_telemetry else 0
         if before not in self._waiting:
             self._waiting[before] = asyncio.get_running_loop().create_future()
         return self._waiting[before]
 
     def take(self) -> Batch:
-        """Everything for the next batch, of the snapshots as much as it may have."""
-        commands = self._commands.take_all()
-        snapshots, telemetry_bytes = list[Values](), 0
-        limit_bytes = self.BESIDE_COMMANDS_BYTES if commands else self.BATCH_BYTES
-        while self._snapshots and telemetry_bytes < limit_bytes:
-            row, size_bytes = self._snapshots.popleft()
-            snapshots.append(row)
-            telemetry_bytes += size_bytes
-        self._snapshots_taken += len(snapshots)
-        rows = {
-            INSERTIONS["devices"]: [device.row() for device in self._devices.values()],
-            INSERTIONS["device_state_snapshots"]: snapshots,
-            INSERTIONS["device_connection_logs"]: [row for row, _ in self._events],
-            INSERTIONS["command_logs"]: [command.row() for command in commands],
-            INSERTIONS["amhrpd_deadmen"]: [row for row in self._deadmen.values() if row is not None],
-            DISARM: [(device_id,) for device_id, row in self._deadmen.items() if row is None],
-        }
-        waiting = [self._waiting.pop(before) for before in list(self._waiting) if before <= self._snapshots_taken]
+        """Everything for the next batch, of the telemetry as much as it may have."""
+        rows: dict[str, list[Values]] = {statement: [] for statement in (*INSERTIONS.values(), DISARM)}
+        size_bytes = telemetry_bytes = 0
+        for statement, row, row_bytes in self._latest.values():
+            rows[statement].append(row())
+            size_bytes += row_bytes
+        self._latest.clear()
+        while self._telemetry and telemetry_bytes < self.BATCH_BYTES:
+            statement, values, row_bytes = self._telemetry.popleft()
+            rows[statement].append(values)
+            telemetry_bytes += row_bytes
+            self._telemetry_taken += 1
+        waiting = [self._waiting.pop(before) for before in list(self._waiting) if before <= self._telemetry_taken]
         self._in_flight = sum(map(len, rows.values()))
-        telemetry_bytes += sum(size_bytes for _, size_bytes in self._events)
-        self._devices, self._events, self._deadmen = {}, [], {}
-        if not self._snapshots:  # else what is left goes on at once
+        if not self._telemetry:  # else what is left goes on at once
             self.is_due.clear()
             self._due_s = math.inf
             if self._alarm is not None:
                 self._alarm.cancel()
         self._telemetry_due_s = time.monotonic() + self._commit_interval_s
-        return Batch(rows, waiting, self._in_flight, telemetry_bytes)
+        return Batch(rows, waiting, size_bytes + telemetry_bytes)
 
     def settle(self, batch: Batch) -> None:
         """What was taken is written."""
         self._in_flight = 0
-        self._telemetry_bytes -= batch.telemetry_bytes
+        self._size_bytes -= batch.size_bytes
         for waiting in batch.waiting:
             if not waiting.done():
                 waiting.set_result(None)
@@ -1114,51 +1060,41 @@ class DiskSpace:
     ROWS_AT_ONCE = 50
 
     def __init__(self, file: DatabaseFile, min_free_bytes: int) -> None:
-        self._file = file
+        self._folder, self._spare = file.path.parent, file.beside("-spare")
         self._min_free_bytes = min_free_bytes
         self._made_s = -math.inf  # monotonic time of the latest
         self._text = f"the disk has too little room (--min-free-mb {min_free_bytes >> 20}): the oldest rows are deleted"
 
     def is_short(self) -> bool:
         """Whether the file system has too little free. Raises OSError."""
-        usage = shutil.disk_usage(self._file.path.parent)
+        usage = shutil.disk_usage(self._folder)
         return usage.free < min(self._min_free_bytes, usage.total // 2)
 
     def keep_spare(self, size_bytes: int) -> None:
         """Hold a spare file, for when others fill the disk at once. Raises OSError."""
-        path = self._file.beside("-spare")
-        if self._min_free_bytes and not path.exists() and not self.is_short():
-            try:
-                with path.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, size_bytes)
-            except OSError:
-                path.unlink(missing_ok=True)  # a part of it would be taken for the whole
-                raise
+        if self._min_free_bytes and not self._spare.exists() and not self.is_short():
+            with self._spare.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
 
     def give_spare(self) -> None:
         """The disk is full, or the gateway ends: let others have the spare file's room."""
-        self._file.beside("-spare").unlink(missing_ok=True)
+        self._spare.unlink(missing_ok=True)
 
-    def make(self, transaction: Callable[[], contextlib.AbstractContextManager[Any]], batch: Batch) -> None:
-        """Delete the oldest rows until the batch fits into the file's free pages. Raises STORE_ERRORS."""
-        needed_bytes = 2 * (batch.telemetry_bytes + 1000 * batch.count)  # with their indexes
-        for table, history in HISTORIES.items():
-            oldest = f"SELECT rowid FROM {table} WHERE {history.may_go} ORDER BY rowid LIMIT {self.ROWS_AT_ONCE}"
+    def make(self, transaction: Callable[[], contextlib.AbstractContextManager[Any]], needed_bytes: int) -> None:
+        """Delete the oldest rows until so much fits into the file's free pages. Raises STORE_ERRORS."""
+        for table, (_, may_go) in HISTORIES.items():
+            oldest = f"SELECT rowid FROM {table} WHERE {may_go} ORDER BY rowid LIMIT {self.ROWS_AT_ONCE}"
             count = 1
             while count:
                 with transaction() as tables:
-                    if not self._lacks_pages(tables, needed_bytes):
+                    (pages,) = tables.query("SELECT * FROM pragma_page_count, pragma_freelist_count, pragma_page_size")
+                    file_bytes, free_bytes = (pages[name] * pages["page_size"] for name in ("page_count", "freelist_count"))
+                    if file_bytes < self.SMALL_FILE_BYTES or free_bytes > needed_bytes + (128 << 10):
                         return
                     count = tables.executable.exec_driver_sql(f"DELETE FROM {table} WHERE rowid IN ({oldest})").rowcount
                 if count and self.notice is None:
                     log.warning("oldest_rows_deleted", reason=self._text)
                     self._made_s = time.monotonic()
-
-    def _lacks_pages(self, tables: Any, needed_bytes: int) -> bool:
-        """Whether a file that isn't small would have to grow for so much."""
-        (pages,) = tables.query("SELECT * FROM pragma_page_count, pragma_freelist_count, pragma_page_size")
-        is_small = pages["page_count"] * pages["page_size"] < self.SMALL_FILE_BYTES
-        return not is_small and (pages["freelist_count"] - 32) * pages["page_size"] < needed_bytes
 
     @property
     def notice(self) -> str | None:
@@ -1239,7 +1175,7 @@ def newest_rows(
     """Rows of a history with these values and of a time, newest first and then by rowid, behind the row with a key and
     `offset` more. Raises LookupError where there is no such row.
     """
-    time = HISTORIES[table].time
+    time, _ = HISTORIES[table]
     conditions = [f"{name} = :{name}" for name in equal]
     conditions += [f"{time} >= :since"] if since else []
     conditions += [f"{time} <= :until"] if until else []
@@ -1274,11 +1210,11 @@ def old_rows(tables: Any, table: TableName, before: str, about: int) -> Iterator
 class Database:
     """The tables, through `dataset`. Blocks on the disk.
 
-    `read` belongs to the readers' threads, `look_after_log` to the card's, all else to the writer's. A write that failed
+    `read` belongs to the readers' threads, `sync` to the card's, all else to the writer's. A write that failed
     leaves a connection behind that may hold a lock for good: it is closed, and the next write has a new one.
     """
 
-    SMALL_BYTES = 8 << 20  # of a file whose indexes are made in no time
+    PROGRESS_STEPS = 10_000_000  # of SQLite's between two news of an index that is being made: some seconds
     MAX_ANSWER_BYTES = 1 << 20  # of rows: a question with more ends early, after the row that is over
     # How long the write-ahead log gets before it is written into the file, a 32nd of the file system at the most: long, so
     # that a page that changes often is written there once. With SQLite's 4 MB one command in 200 took some ms longer.
@@ -1296,7 +1232,6 @@ class Database:
         self._synchronous = "FULL" if is_each_commit_synced else "NORMAL"
         self._writing: Any = None
         self._reading: Any = None
-        self._was_full = False
         self._is_doubted = False  # SQLite said that the file is damaged
 
     # -- opening and closing -------------------------------------------------------------------------------------------
@@ -1343,7 +1278,7 @@ class Database:
             on_connect_statements=[
                 "PRAGMA foreign_keys = ON",
                 f"PRAGMA synchronous = {self._synchronous}",
-                # `look_after_log` sees to the log; within a COMMIT only what it doesn't get to.
+                # `sync` sees to the log; within a COMMIT only what it doesn't get to.
                 f"PRAGMA wal_autocheckpoint = {2 * limit_bytes // 4096}",
                 # Once written into the file the log is used again from its beginning, and cut to this: so it is longer only
                 # when it has grown since.
@@ -1372,23 +1307,18 @@ class Database:
                 tables.query(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
             tables.query(f"PRAGMA user_version = {SCHEMA_VERSION}")
             found = {row["name"]: row["tbl_name"] for row in tables.query("SELECT * FROM sqlite_master WHERE type = 'index'")}
-            is_large = self.file.path.stat().st_size > self.SMALL_BYTES
             for name in found.keys() - INDEXES.keys():
                 if found[name] in COLUMNS and name.startswith((f"ix_{found[name]}_", "ix_amhrpd_")):
-                    if is_large:
-                        progress(f"dropping an index of an earlier version: {name}")
-                    log.info("index_dropped", index=name)
+                    progress(f"dropping an index of an earlier version: {name}")
                     tables.query(f'DROP INDEX "{name}"')
         missing = [name for name in INDEXES if name not in found]
         for number, name in enumerate(missing, start=1):
             table, filters = INDEXES[name]
             say = functools.partial(progress, f"making index {number} of {len(missing)} for the histories: {name}")
-            if is_large:
-                say()
             with self._writing as tables:
                 connection = tables.executable.connection.dbapi_connection
-                connection.set_progress_handler(say, 50_000_000)  # some seconds
-                tables.query(f"CREATE INDEX {name} ON {table} ({', '.join((*filters, HISTORIES[table].time))})")
+                connection.set_progress_handler(say, self.PROGRESS_STEPS)
+                tables.query(f"CREATE INDEX {name} ON {table} ({', '.join((*filters, HISTORIES[table][0]))})")
                 connection.set_progress_handler(None, 0)
 
     def close(self) -> None:
@@ -1421,9 +1351,7 @@ class Database:
         try:
             if self._writing is None:
                 self._writing = self._connect()
-            if self._was_full:  # the log can be used again from its beginning then
-                list(self._writing.query("PRAGMA wal_checkpoint(PASSIVE)"))
-                self._was_full = False
+                list(self._writing.query("PRAGMA wal_checkpoint(PASSIVE)"))  # on a full disk the log can be used again then
             with self._writing as tables:
                 yield tables
             self.file.check_place()  # else what was committed is not in the file that answers come from
@@ -1436,7 +1364,6 @@ class Database:
                 self._is_doubted = True
                 raise FileLostError(f"{self.file.path} is damaged: {cause_of(error)}") from error
             if fault is Fault.NO_ROOM:
-                self._was_full = True
                 self.disk_space.give_spare()
             raise
 
@@ -1445,7 +1372,7 @@ class Database:
         they are stay out, and are logged. Raises FileLostError, STORE_ERRORS.
         """
         if self.disk_space.is_short():
-            self.disk_space.make(self.transaction, batch)
+            self.disk_space.make(self.transaction, 6 * batch.size_bytes)  # with their indexes
         began_s = time.monotonic()
         try:
             with self.transaction() as tables:
@@ -1489,13 +1416,13 @@ class Database:
         path = self.file.beside("-wal")
         return path.stat().st_size if path.exists() else 0
 
-    def look_after_log(self, *, is_sync_due: bool) -> None:
+    def sync(self, *, is_log_synced: bool) -> None:
         """Have what was committed on the card, and write a log that has grown long into the file. Commits go on beside it.
 
         Raises OSError where the card fails to.
         """
         path = self.file.beside("-wal")
-        for synced in (path, path.parent) if is_sync_due else ():  # the folder, where the log has been since a moment ago
+        for synced in (path, path.parent) if is_log_synced else ():  # the folder, where the log has been since a moment ago
             fd = os.open(synced, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fdatasync(fd)
@@ -1524,43 +1451,44 @@ class Database:
 
 
 class Writer:
-    """Opens the database, and hands what waits to its thread, one transaction at a time. Its state belongs to the event loop.
+    """Opens the database, hands what waits to its thread, one transaction at a time, and has it on the card in time. Its state
+    belongs to the event loop.
 
     What fails for the disk's sake is tried again until it is done.
     """
 
-    OPEN_PATIENCE_S = 5.0  # a start waits so long for a disk on which nothing gets on
+    OPEN_PATIENCE_S = 5.0  # a start waits so long for a disk on which nothing gets on ...
+    PROGRESS_PATIENCE_S = 600.0  # ... and so long for the next news of indexes that are made
     RETRY_S = 0.5  # after a try that failed twice
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
+    LOG_LOOK_S = 1.0  # where every commit syncs, and only the log is to be kept short
 
-    def __init__(self, database: Database, backlog: Backlog, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, database: Database, backlog: Backlog, sync_interval_s: float) -> None:
+        """Sync once in `sync_interval_s`; with 0 every commit has done it."""
         self._database = database
         self._backlog = backlog
-        self._thread = thread
-        self._is_making_indexes = False
+        self._sync_interval_s = sync_interval_s
         self._busy_since_s: float | None = None
+        self._has_written = asyncio.Event()  # something that may not be on the card yet
         self._has_tried = asyncio.Event()  # to open the file
+        self._patient_until_s = time.monotonic() + self.OPEN_PATIENCE_S
+        self.writing, self.syncing = ThreadPoolExecutor(1, "store-writer"), ThreadPoolExecutor(1, "store-card")
         self.deadline_s = math.inf  # of a stop, for what is queued
         self.failure: str | None = "the database is not open yet"  # why nothing can be written, while that is so
+        self.sync_failure: str | None = None  # why what is written may not be on the card
         self.is_open = False
         self.is_lost = asyncio.Event()  # the file is gone or can't be used: the gateway ends
-        self.has_written = asyncio.Event()  # something that may not be on the card yet
+        self.sync_seconds = prometheus_client.Histogram(
+            "amhrpd_sync_seconds", "until what was committed is on the card", registry=None, buckets=BUCKETS_S
+        )
 
     async def try_to_open(self) -> None:
-        """Return once the file is open, or couldn't be opened, or the disk seems to stall: OPEN_PATIENCE_S in which it was not
-        even said that indexes are made, which takes what it takes.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.OPEN_PATIENCE_S):
-                await self._has_tried.wait()
-        if self._is_making_indexes:
-            await self._has_tried.wait()
-        if not self._has_tried.is_set():
-            log.error("database_open_stalled", path=str(self._database.file.path))
-
-    async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Do something in the writer's thread, between two batches. Raises what it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        """Return once the file is open, or couldn't be opened, or the disk seems to stall."""
+        while not self._has_tried.is_set():
+            if time.monotonic() > self._patient_until_s:
+                log.error("database_open_stalled", path=str(self._database.file.path))
+                return
+            await asyncio.sleep(0.005)
 
     def problem(self) -> str | None:
         """Why nothing can be written now, if that is so."""
@@ -1581,22 +1509,19 @@ class Writer:
         loop = asyncio.get_running_loop()
 
         def progress(text: str) -> None:
-            self._is_making_indexes = True
+            self._patient_until_s = time.monotonic() + self.PROGRESS_PATIENCE_S
             loop.call_soon_threadsafe(on_progress, text)
 
         try:
-            loaded = await self._insist(self._database.open, utc_now(), progress)
+            on_loaded(await self._insist(self._database.open, utc_now(), progress))
             self.is_open = True
-            self.has_written.set()
-            on_loaded(loaded)
             self._has_tried.set()
             while self.deadline_s == math.inf or self._backlog.rows_waiting or self._backlog.is_due.is_set():
                 if self.deadline_s == math.inf:
                     await self._backlog.is_due.wait()
                 batch = self._backlog.take()
-                if batch.count:
+                if any(batch.rows.values()):
                     await self._insist(self._database.commit, batch)
-                    self.has_written.set()
                 self._backlog.settle(batch)
         except TimeoutError:
             pass  # a stop has waited long enough
@@ -1618,10 +1543,11 @@ class Writer:
             failed_before = self.failure
             self._busy_since_s = time.monotonic()
             try:
-                result = await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+                result = await asyncio.get_running_loop().run_in_executor(self.writing, work, *arguments)
                 if failed_before and self._backlog.rows_waiting:
                     log.warning("database_writes_resumed", rows_waiting=self._backlog.rows_waiting)
                 self.failure = None
+                self._has_written.set()
                 return result
             except FileLostError:
                 raise
@@ -1638,48 +1564,22 @@ class Writer:
                 raise TimeoutError
             await asyncio.sleep(pause_s)
 
-
-class Card:
-    """Has what was committed on the card, beside the commits, and keeps the write-ahead log short."""
-
-    LOG_LOOK_S = 1.0  # at a flood of reports a log gets long in a second
-
-    def __init__(self, database: Database, interval_s: float, thread: ThreadPoolExecutor) -> None:
-        """Sync once in `interval_s`; with 0 every commit has done it."""
-        self._database = database
-        self._interval_s = interval_s
-        self._thread = thread
-        self.failure: str | None = None
-        self.sync_seconds = prometheus_client.Histogram(
-            "amhrpd_sync_seconds", "until what was committed is on the card", registry=None, buckets=BUCKETS_S
-        )
-
-    async def look_after(self, has_written: asyncio.Event) -> None:
-        """Sync what was written, `interval_s` after the first of it at the latest; nothing while nothing is written."""
+    async def sync_forever(self) -> None:
+        """Have what was written on the card `sync_interval_s` later, and keep the log short."""
         while True:
-            await has_written.wait()
-            due_s = time.monotonic() + (self._interval_s or self.LOG_LOOK_S)
-            while (left_s := due_s - time.monotonic()) > self.LOG_LOOK_S:
-                await asyncio.sleep(self.LOG_LOOK_S)
-                await self._look_after_log(is_sync_due=False)
-            await asyncio.sleep(left_s)
-            has_written.clear()  # what is written from now on may be too late for this sync
-            if not await self._look_after_log(is_sync_due=self._interval_s > 0):
-                has_written.set()
-                await asyncio.sleep(Writer.RETRY_S)
-
-    async def _look_after_log(self, *, is_sync_due: bool) -> bool:
-        work = functools.partial(self._database.look_after_log, is_sync_due=is_sync_due)
-        try:
-            with self.sync_seconds.time() if is_sync_due else contextlib.nullcontext():
-                await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except STORE_ERRORS as error:
-            if self.failure is None:
-                log.error("sync_failed", reason=cause_of(error))
-            self.failure = f"what is written may not be on the card: {cause_of(error)}"
-            return False
-        self.failure = None if is_sync_due or not self._interval_s else self.failure
-        return True
+            await self._has_written.wait()
+            await asyncio.sleep(self._sync_interval_s or self.LOG_LOOK_S)
+            self._has_written.clear()  # what is written from now on may be too late for this sync
+            sync = functools.partial(self._database.sync, is_log_synced=self._sync_interval_s > 0)
+            try:
+                with self.sync_seconds.time() if self._sync_interval_s else contextlib.nullcontext():
+                    await asyncio.get_running_loop().run_in_executor(self.syncing, sync)
+                self.sync_failure = None
+            except STORE_ERRORS as error:
+                if self.sync_failure is None:
+                    log.error("sync_failed", reason=cause_of(error))
+                self.sync_failure = f"what is written may not be on the card: {cause_of(error)}"
+                self._has_written.set()
 
 
 class Store:
@@ -1697,16 +1597,12 @@ class Store:
         path, min_free_bytes = settings.database_path.absolute(), settings.min_free_mb << 20
         self._database = Database(path, min_free_bytes, is_each_commit_synced=settings.sync_interval_s == 0)
         self._backlog = Backlog(settings.commit_interval_s)
-        self._readers, writing = ThreadPoolExecutor(self.READERS, "store-reader"), ThreadPoolExecutor(1, "store-writer")
-        syncing = ThreadPoolExecutor(1, "store-card")
-        self._threads = (self._readers, syncing, writing)  # the writer's last: it closes the file when the others are done
-        self._writer = Writer(self._database, self._backlog, writing)
-        self._card = Card(self._database, settings.sync_interval_s, syncing)
+        self._writer = Writer(self._database, self._backlog, settings.sync_interval_s)
+        self._readers = ThreadPoolExecutor(self.READERS, "store-reader")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._tidied_s = -math.inf
         self.is_lost = self._writer.is_lost  # set where the file is gone or damaged: the gateway has to end
-        self.sync_seconds = self._card.sync_seconds
-        self.histograms = (self._database.commit_seconds, self.sync_seconds)
+        self.histograms = (self._database.commit_seconds, self._writer.sync_seconds)
         self.put_device, self.put_command = self._backlog.put_device, self._backlog.put_command
         self.put_telemetry, self.put_deadman = self._backlog.put_telemetry, self._backlog.put_deadman
 
@@ -1719,7 +1615,7 @@ class Store:
         A disk that is full, read-only or stalled is waited for while the gateway serves.
         """
         self._tasks["write"] = asyncio.create_task(self._writer.write_forever(on_loaded, on_progress))
-        self._tasks["card"] = asyncio.create_task(self._card.look_after(self._writer.has_written))
+        self._tasks["sync"] = asyncio.create_task(self._writer.sync_forever())
         await self._writer.try_to_open()
         if self.is_lost.is_set():
             await self._end()
@@ -1729,12 +1625,14 @@ class Store:
         """Write what is queued, end the log, close the file. False where that failed or took longer than `timeout_s`."""
         is_clean = self.is_writer_alive
         self._writer.deadline_s = time.monotonic() + timeout_s
-        self._backlog.call_writer()
+        self._backlog.is_due.set()
         try:
             async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
                 await asyncio.wait((self._tasks["write"],))
                 await self._end_tasks()
-                await self._writer.run(self._close)
+                for threads in (self._readers, self._writer.syncing):  # no connection may be closed while another uses it
+                    await self._run(threads.shutdown)
+                await self._run(self._database.close)
         except STORE_ERRORS as error:
             is_clean = False
             log.error("database_close_failed", reason=cause_of(error), timeout_s=timeout_s)
@@ -1744,22 +1642,20 @@ class Store:
             log.error("rows_lost", rows=lost, reason=self._writer.failure)
         return is_clean and not lost
 
-    def _close(self) -> None:
-        """In the writer's thread: no connection may be closed while another thread uses it."""
-        for others in self._threads[:-1]:
-            others.shutdown(wait=True)
-        self._database.close()
-
     async def _end_tasks(self) -> None:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _end(self) -> None:
-        """Leave no task behind. A thread that hangs on a disk holds up the process's end, until TimeoutStopSec."""
+        """Leave no task behind, and no thread but one that hangs on a disk."""
         await self._end_tasks()
-        for threads in self._threads:
+        for threads in (self._readers, self._writer.syncing, self._writer.writing):
             threads.shutdown(wait=False)
+
+    async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something in the writer's thread, between two batches. Raises what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer.writing, work, *arguments)
 
     # -- health --------------------------------------------------------------------------------------------------------
 
@@ -1770,7 +1666,7 @@ class Store:
 
     def problem(self) -> str | None:
         """Why nothing can be written, or brought to the card, now, if that is so."""
-        return self._writer.problem() or self._card.failure
+        return self._writer.problem() or self._writer.sync_failure
 
     def figures(self) -> Row:
         """What `GET /health` shows of it (contract, section 6); the `notice` may be empty, sizes may be unknown."""
@@ -1792,7 +1688,7 @@ class Store:
 
     async def _tidy(self) -> None:
         try:
-            await self._writer.run(self._database.look)
+            await self._run(self._database.look)
             if self._keep_days and time.monotonic() > self._tidied_s + self.TIDY_INTERVAL_S:
                 self._tidied_s = time.monotonic()
                 before = stored_time(utc_now() - timedelta(days=self._keep_days)) or ""
@@ -1808,7 +1704,7 @@ class Store:
     async def _execute(self, statement: str, values: Sequence[Values]) -> int:
         """One step of a deletion: how many rows it changed. Raises STORE_ERRORS, of them TimeoutError where the disk stalls."""
         async with asyncio.timeout(self.READ_TIMEOUT_S):
-            return int(await self._writer.run(self._database.execute, statement, values))
+            return int(await self._run(self._database.execute, statement, values))
 
     async def _delete(self, table: TableName, find: Callable[[Any], Iterable[Row]]) -> int:
         """Delete the rows whose rowids (`number`) are found, until none is, in steps between batches: how many it were."""
@@ -1857,22 +1753,22 @@ class Store:
     # -- waiting for what was put --------------------------------------------------------------------------------------
 
     def write_command(self, command_id: str, command: Storable) -> asyncio.Future[None] | None:
-        """Write a command's row, and all that was put but snapshots. The future is done when that is committed; there is none
+        """Write a command's row, and all that was put but telemetry. The future is done when that is committed; there is none
         where nothing can be written now.
         """
-        self._backlog.put_command(command_id, command)
-        return None if self._writer.problem() else self._backlog.join(behind_snapshots=False)
+        is_put = self._backlog.put_command(command_id, command)
+        return self._backlog.join(behind_telemetry=False) if is_put and not self._writer.problem() else None
 
     async def catch_up(self) -> None:
         """Wait, a second at the most, where much telemetry waits: for those who send so much."""
         if self._backlog.is_congested:
-            await asyncio.wait((self._backlog.join(behind_snapshots=True),), timeout=1.0)
+            await asyncio.wait((self._backlog.join(behind_telemetry=True),), timeout=1.0)
 
     async def flush(self) -> bool:
         """Wait until everything put so far is committed. False after READ_TIMEOUT_S, sooner where writes fail now."""
         if self._backlog.rows_waiting == 0:
             return True
-        written = self._backlog.join(behind_snapshots=True)
+        written = self._backlog.join(behind_telemetry=True)
         timeout_s = self.READ_TIMEOUT_S if self._writer.failure is None else self.FAILING_READ_TIMEOUT_S
         await asyncio.wait((written,), timeout=timeout_s)
         return written.done()
@@ -2329,6 +2225,46 @@ class Command:
         if with_answers:
             record["response_data"] = self.answers or None
         return record if self.is_persisted else record | {"persisted": False}
+
+
+Kept = TypeVar("Kept", bound=Storable)
+
+
+class Bounded(Generic[Kept]):
+    """A dictionary with a limit of entries and of bytes. The oldest make room."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._entries: dict[str, tuple[Kept, int]] = {}
+        self._total_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Kept]:
+        return iter([kept for kept, _ in self._entries.values()])
+
+    def get(self, key: str) -> Kept | None:
+        """The value, or None."""
+        return self._entries[key][0] if key in self._entries else None
+
+    def pop(self, key: str) -> None:
+        """Take an entry out, if it is in."""
+        _, size_bytes = self._entries.pop(key, (None, 0))
+        self._total_bytes -= size_bytes
+
+    def put(self, key: str, value: Kept) -> list[Kept]:
+        """Put a value in at its place, or at the end, as large as it is now. Returns those that gave way to it."""
+        _, before_bytes = self._entries.get(key, (None, 0))
+        self._entries[key] = value, value.size_bytes
+        self._total_bytes += self._entries[key][1] - before_bytes
+        gone: list[Kept] = []
+        while (len(self._entries) > self._max_entries or self._total_bytes > self._max_bytes) and len(self._entries) > 1:
+            oldest = next(iter(self._entries))
+            gone.append(self._entries[oldest][0])
+            self.pop(oldest)
+        return gone
 
 
 class Commands:
