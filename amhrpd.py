@@ -905,31 +905,25 @@ class Fault(enum.Enum):
 
     ROW = "the database refused what it was given: trying the same again is in vain"
     DAMAGE = "SQLite says that the file is damaged; it says so of a single read error, too"
-    NO_ROOM = "a full disk would explain it"
-    PASSING = "a disk that is read-only or fails, another program's lock: it may be over later"
+    PASSING = "a disk that is full, read-only or fails, another program's lock: it may be over later"
     OTHER = "anything else"
 
 
-FAULTS = {
-    sqlite3.SQLITE_CORRUPT: Fault.DAMAGE,
-    sqlite3.SQLITE_NOTADB: Fault.DAMAGE,
-    sqlite3.SQLITE_FULL: Fault.NO_ROOM,
-    sqlite3.SQLITE_IOERR: Fault.NO_ROOM,  # where a shared-memory file can't grow
-    **dict.fromkeys((sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), Fault.PASSING),
-}
-SYSTEM_FAULTS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), Fault.NO_ROOM),
-    **dict.fromkeys((errno.EROFS, errno.EIO), Fault.PASSING),
-}
+PASSING_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+PASSING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def fault_of(error: BaseException) -> Fault:
     """What an error of the store comes from."""
     if isinstance(error, OSError):
-        return SYSTEM_FAULTS.get(error.errno or 0, Fault.OTHER)
+        return Fault.PASSING if error.errno in PASSING_NUMBERS else Fault.OTHER
     code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF  # the primary one
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return Fault.DAMAGE
+    if code in PASSING_CODES:
+        return Fault.PASSING
     refused = isinstance(error, sa.exc.StatementError) and not isinstance(error, sa.exc.OperationalError)
-    return FAULTS.get(code, Fault.ROW if refused else Fault.OTHER)
+    return Fault.ROW if refused else Fault.OTHER
 
 
 def cause_of(error: BaseException) -> str:
@@ -1077,8 +1071,9 @@ class DiskSpace:
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
 
     def give_spare(self) -> None:
-        """The disk is full, or the gateway ends: let others have the spare file's room."""
-        self._spare.unlink(missing_ok=True)
+        """The disk may be full, or the gateway ends: let others have the spare file's room."""
+        with contextlib.suppress(OSError):
+            self._spare.unlink(missing_ok=True)
 
     def make(self, transaction: Callable[[], contextlib.AbstractContextManager[Any]], needed_bytes: int) -> None:
         """Delete the oldest rows until so much fits into the file's free pages. Raises STORE_ERRORS."""
@@ -1162,35 +1157,26 @@ def write_rows(tables: Any, statement: str, rows: list[Values]) -> None:
     tables.executable.exec_driver_sql(statement, texts)
 
 
-def newest_rows(
-    tables: Any,
-    table: TableName,
-    limit: int,
-    offset: int = 0,
-    since: str | None = None,
-    until: str | None = None,
-    before: int | str | None = None,
-    **equal: str,
-) -> Iterator[Row]:
-    """Rows of a history with these values and of a time, newest first and then by rowid, behind the row with a key and
-    `offset` more. Raises LookupError where there is no such row.
+def newest_rows(tables: Any, table: TableName, limit: int, offset: int = 0, **wanted: Any) -> Iterator[Row]:
+    """Rows of a history, newest first and then by rowid, without the first `offset`. `wanted` are columns with their values, times
+    `since` and `until` as they are stored, and the key of a row that others come `before`; None is any.
+
+    Raises LookupError where there is no such row.
     """
     time, _ = HISTORIES[table]
-    conditions = [f"{name} = :{name}" for name in equal]
-    conditions += [f"{time} >= :since"] if since else []
-    conditions += [f"{time} <= :until"] if until else []
-    values: Row = {"since": since, "until": until, "limit": limit, "offset": offset, **equal}
-    if before is not None:
+    values = {name: value for name, value in wanted.items() if value is not None}
+    index = INDEX_OF[table, frozenset(values.keys() & COLUMNS[table].keys())]
+    conditions = {"since": f"{time} >= :since", "until": f"{time} <= :until", "before": f"({time}, rowid) < (:moment, :number)"}
+    where = " AND ".join(["true", *(conditions.get(name, f"{name} = :{name}") for name in values)])
+    if (before := values.pop("before", None)) is not None:
         key = next(iter(COLUMNS[table]))
         found = list(tables.query(f"SELECT {time} AS moment, rowid AS number FROM {table} WHERE {key} = :key", key=before))
         if not found:
             raise LookupError(before)
-        conditions.append(f"({time}, rowid) < (:moment, :number)")
         values |= found[0]
-    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
     order = f"ORDER BY {time} DESC, rowid DESC LIMIT :limit OFFSET :offset"
-    index = INDEX_OF[table, frozenset(equal)]
-    yield from tables.query(f"SELECT * FROM {table} INDEXED BY {index} {where} {order}", _step=20, **values)
+    question = f"SELECT * FROM {table} INDEXED BY {index} WHERE {where} {order}"
+    yield from tables.query(question, _step=20, limit=limit, offset=offset, **values)
 
 
 def old_rows(tables: Any, table: TableName, before: str, about: int) -> Iterator[Row]:
@@ -1259,9 +1245,8 @@ class Database:
             self._disconnect()
             self.file.unlock()
             fault = fault_of(error)
-            if fault is Fault.NO_ROOM:
-                self.disk_space.give_spare()  # that a run left behind which was killed
-            if not isinstance(error, STORE_ERRORS) or fault in (Fault.NO_ROOM, Fault.PASSING):
+            self.disk_space.give_spare()  # that a run left behind which was killed: the disk may be full
+            if not isinstance(error, STORE_ERRORS) or fault is Fault.PASSING:
                 raise
             if fault is not Fault.DAMAGE or (damage := self.file.find_damage()) is None:
                 raise StartError(f"can't open the database {self.file.path}: {cause_of(error)}") from None
@@ -1363,7 +1348,7 @@ class Database:
             if fault is Fault.DAMAGE:
                 self._is_doubted = True
                 raise FileLostError(f"{self.file.path} is damaged: {cause_of(error)}") from error
-            if fault is Fault.NO_ROOM:
+            if fault is Fault.PASSING:
                 self.disk_space.give_spare()
             raise
 
