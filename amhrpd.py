@@ -1007,12 +1007,12 @@ class DatabaseFile:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > SCHEMA_VERSION:
                 raise StartError(f"{self.path} was written by a newer version ({version}, this one knows {SCHEMA_VERSION})")
-            kinds = dict(connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')").fetchall())
-            problem = None if kinds.keys() & COLUMNS.keys() or not kinds else f"it has the tables {', '.join(sorted(kinds))}"
-            for table in kinds.keys() & COLUMNS.keys():
-                missing = COLUMNS[table].keys() - {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
-                if missing or kinds[table] == "view":
-                    problem = f"{table} is a view" if not missing else f"{table} has no column {', '.join(sorted(missing))}"
+            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            problem = None if names & COLUMNS.keys() or not names else f"it has the tables {', '.join(sorted(names))}"
+            for table in names & COLUMNS.keys():
+                columns = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
+                if missing := COLUMNS[table].keys() - columns:
+                    problem = f"{table} has no column {', '.join(sorted(missing))}"
         if problem:
             raise StartError(f"{self.path} is no database of this gateway: {problem}")
 
@@ -1133,19 +1133,15 @@ def load_devices(tables: Any) -> Iterator[Row]:
 
 
 def load_commands(tables: Any) -> Iterator[Row]:
-    """The open commands and the latest that lack an answer, as many as RESTORED_BYTES hold. What is open and over that ends as
-    `ack_timeout`.
-    """
+    """The open commands and the latest that lack an answer, as many as RESTORED_BYTES hold."""
     budget_bytes = RESTORED_BYTES
     for status, limit in {CREATED: -1, SENT: -1, ACK_TIMEOUT: RESTORED_COMMANDS, ACK_ERROR: RESTORED_COMMANDS}.items():
-        for row in list(newest_rows(tables, "command_logs", limit, status=status)):
+        for row in newest_rows(tables, "command_logs", limit, status=status):
             command = for_memory("command_logs", row)
             budget_bytes -= 1500 + len(command["payload"]) + len(command["response_data"] or b"")
-            if budget_bytes > 0:
-                yield command
-            elif status in OPEN_STATUSES:
-                end = "UPDATE command_logs SET status = 'ack_timeout' WHERE command_id = :id"
-                tables.query(end, id=command["command_id"])
+            if budget_bytes < 0:
+                return
+            yield command
 
 
 # -- the database ------------------------------------------------------------------------------------------------------
@@ -1158,8 +1154,8 @@ def write_rows(tables: Any, statement: str, rows: list[Values]) -> None:
 
 
 def newest_rows(tables: Any, table: TableName, limit: int, offset: int = 0, **wanted: Any) -> Iterator[Row]:
-    """Rows of a history, newest first and then by rowid, without the first `offset`. `wanted` are columns with their values, times
-    `since` and `until` as they are stored, and the key of a row that others come `before`; None is any.
+    """Rows of a history, newest first and then by rowid, without the first `offset`. `wanted`: columns with their values, times
+    `since` and `until` as stored, the key of a row that they come behind in this order, `before`; None is any.
 
     Raises LookupError where there is no such row.
     """
