@@ -1133,15 +1133,16 @@ def load_devices(tables: Any) -> Iterator[Row]:
 
 
 def load_commands(tables: Any) -> Iterator[Row]:
-    """The open commands and the latest that lack an answer, as many as RESTORED_BYTES hold."""
+    """The open commands and the latest that lack an answer, as many as RESTORED_BYTES hold; those over that end."""
     budget_bytes = RESTORED_BYTES
     for status, limit in {CREATED: -1, SENT: -1, ACK_TIMEOUT: RESTORED_COMMANDS, ACK_ERROR: RESTORED_COMMANDS}.items():
-        for row in newest_rows(tables, "command_logs", limit, status=status):
+        for row in list(newest_rows(tables, "command_logs", limit, status=status)):
             command = for_memory("command_logs", row)
             budget_bytes -= 1500 + len(command["payload"]) + len(command["response_data"] or b"")
-            if budget_bytes < 0:
-                return
-            yield command
+            if budget_bytes > 0:
+                yield command
+            elif status in OPEN_STATUSES:
+                tables["command_logs"].update({"command_id": row["command_id"], "status": ACK_TIMEOUT}, ["command_id"])
 
 
 # -- the database ------------------------------------------------------------------------------------------------------
