@@ -928,6 +928,8 @@ def fault_of(error: BaseException) -> Fault:
 
 def cause_of(error: BaseException) -> str:
     """The database's own words in one line, without the statement and its parameters."""
+    if isinstance(error, TimeoutError):
+        return "the disk is too slow at the moment"
     origin = getattr(error, "orig", None) or error
     name = getattr(origin, "sqlite_errorname", None)
     text = origin.strerror if isinstance(origin, OSError) and origin.strerror else str(origin).partition("\n")[0]
@@ -1707,9 +1709,8 @@ class Store:
         """
         histories: Mapping[str, TableName] = {"snapshots": "device_state_snapshots", "events": "device_connection_logs"}
         deleted: dict[str, int] = {}
+        await self.flush()
         try:
-            if not await self.flush():
-                raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete anything while the database can't be written")
             what_it_said_of_itself = "UPDATE devices SET metadata_json = '{}' WHERE device_id = ?"
             await self._execute(what_it_said_of_itself, [(device_id,)])
             newest = ", ".join(f"(SELECT max(rowid) FROM {table}) AS {name}" for name, table in histories.items())
@@ -1726,8 +1727,6 @@ class Store:
             is_empty = " AND ".join(f"NOT EXISTS (SELECT 1 FROM {table} WHERE device_id = ?)" for table in histories.values())
             gone = f"DELETE FROM devices WHERE device_id = ? AND {is_empty}"  # else it is back
             await self._execute(gone, [(device_id,) * 3])
-        except TimeoutError:
-            raise GatewayError(Code.STORE_UNAVAILABLE, "can't delete all of it: the disk is too slow at the moment") from None
         except STORE_ERRORS as error:
             raise GatewayError(Code.STORE_UNAVAILABLE, f"can't delete all of it: {cause_of(error)}") from None
         return deleted
@@ -1746,14 +1745,15 @@ class Store:
         if self._backlog.is_congested:
             await asyncio.wait((self._backlog.join(behind_telemetry=True),), timeout=1.0)
 
-    async def flush(self) -> bool:
-        """Wait until everything put so far is committed. False after READ_TIMEOUT_S, sooner where writes fail now."""
+    async def flush(self) -> None:
+        """Wait until everything put so far is committed. Raises STORE_UNAVAILABLE where that takes too long or fails."""
         if self._backlog.rows_waiting == 0:
-            return True
+            return
         written = self._backlog.join(behind_telemetry=True)
         timeout_s = self.READ_TIMEOUT_S if self._writer.failure is None else self.FAILING_READ_TIMEOUT_S
         await asyncio.wait((written,), timeout=timeout_s)
-        return written.done()
+        if not written.done():
+            raise GatewayError(Code.STORE_UNAVAILABLE, self._writer.failure or "the database is too slow at the moment")
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -1779,13 +1779,9 @@ class Store:
         Raises STORE_UNAVAILABLE where that can't be done in time, INVALID_FIELD_VALUE where the row is gone behind which an
         answer should begin.
         """
+        await self.flush()
         try:
-            async with asyncio.timeout(self.READ_TIMEOUT_S):
-                if not await self.flush():
-                    raise GatewayError(Code.STORE_UNAVAILABLE, self._writer.failure or "the database is too slow at the moment")
-                return await self._ask(ask)
-        except TimeoutError:
-            raise GatewayError(Code.STORE_UNAVAILABLE, "the database is too slow at the moment") from None
+            return await self._ask(ask)
         except LookupError as error:
             raise GatewayError(Code.INVALID_FIELD_VALUE, f"before_id is {error.args[0]!r}: there is no such row") from None
         except STORE_ERRORS as error:

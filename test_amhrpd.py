@@ -5664,7 +5664,7 @@ async def test_heartbeats_alone_make_no_commits(database: Path, monkeypatch: pyt
         await hear(board, "error")
         client.gateway.sweep(1.0)
         stored = client.rows("SELECT last_heartbeat FROM devices")
-        assert await client.store.flush()  # and nothing was there to write
+        await client.store.flush()  # and nothing was there to write
         assert database.with_name("amhrpd.db-wal").read_bytes() == written
         monkeypatch.setattr(amhrpd.Gateway, "ACTIVITY_SAVE_INTERVAL_S", 0.0)
         client.gateway.sweep(1.0)
