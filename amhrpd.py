@@ -842,19 +842,16 @@ def read_time(stored: object) -> datetime | None:
 
 def read_json(stored: object) -> Json:
     """Stored JSON as every reader takes it, whatever an earlier writer left there (NaN, lone surrogates, no JSON)."""
-
-    def finite_or_none(text: str) -> float | None:
-        value = float(text)
-        return value if math.isfinite(value) else None
-
     if stored is None:
         return b"null"
     text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
     with contextlib.suppress(msgspec.DecodeError, UnicodeError, RecursionError):
         return to_json(json_decoder.decode(text))
     try:
-        value = json.loads(text, parse_constant=lambda name: None, parse_float=finite_or_none)
-        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+        value = json.loads(text, parse_constant=lambda name: None)
+        return to_json(value)  # a number that is out of range is null, too
+    except UnicodeError:
+        return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
     except (ValueError, RecursionError):
         return json.dumps(text).encode()  # shown as the text that it is
 
@@ -976,11 +973,9 @@ class DatabaseFile:
 
     def check_place(self) -> None:
         """Raise FileLostError where the file that is locked, if any, is not the one that its path names."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if self._lock_fd is None or os.path.samestat(self.path.stat(), os.fstat(self._lock_fd)):
                 return
-        except FileNotFoundError:
-            pass
         raise FileLostError(f"{self.path} was deleted, moved or replaced while it was in use")
 
     def take_log_along(self) -> None:
@@ -1108,12 +1103,10 @@ RESTORED_BYTES = 8 << 20  # of the devices and as much of the commands, so that 
 
 def end_last_run(tables: Any, began: datetime) -> None:
     """Whatever the file says is online is not: its device row and its connection history say so, as of when this run began."""
-    now, details = stored_time(began), to_json({"reason": "the gateway ended without saying goodbye"})
-    left = list(tables.query("SELECT device_id, device_type FROM devices WHERE is_online"))
-    ends = [(row["device_id"], row["device_type"] or "", DISCONNECTED, now, details) for row in left]
-    if ends:
-        write_rows(tables, INSERTIONS["device_connection_logs"], ends)
-    tables.query("UPDATE devices SET is_online = 0, disconnected_at = :now WHERE is_online", now=now)
+    ends = """INSERT INTO device_connection_logs (device_id, device_type, event, timestamp, details)
+        SELECT device_id, ifnull(device_type, ''), 'disconnected', :now, :details FROM devices WHERE is_online"""
+    tables.query(ends, now=stored_time(began), details='{"reason":"the gateway ended without saying goodbye"}')
+    tables.query("UPDATE devices SET is_online = 0, disconnected_at = :now WHERE is_online", now=stored_time(began))
 
 
 def load_devices(tables: Any) -> Iterator[Row]:
