@@ -1,8 +1,5 @@
 #!/usr/bin/env python3
-"""AMHR-PD gateway: ESP32 boards over WebSocket, people and programs over REST, history in SQLite.
-
-    amhrpd.py [serve]     run the gateway
-    amhrpd.py simulate    play a fleet of boards against a running gateway
+"""AMHR-PD gateway: ESP32 boards over WebSocket, people and programs over REST, history in SQLite; see `amhrpd.py --help`.
 
 The file reads from top to bottom; each room uses only the rooms above it:
 
@@ -141,9 +138,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     registration_timeout_s: Annotated[float, number(0.1, 3600, "seconds that a connection has to register")] = 10.0
     command_timeout_s: Annotated[float, number(1, 300, "seconds to answer a command that names no timeout")] = 30.0
     commit_interval_s: Annotated[float, number(0, 3600, "seconds between two writes of telemetry, at least")] = 1.0
-    sync_interval_s: Annotated[float, number(0, 3600, "seconds that a power cut may cost; 0: no answer before it is safe")] = (
-        5.0
-    )
+    sync_interval_s: Annotated[float, number(0, 3600, "seconds a power cut may cost; 0: no answer before it is safe")] = 5.0
     keep_days: Annotated[int, number(0, 36500, "days that history is kept; 0 is for ever")] = 0
     min_free_mb: Annotated[int, number(0, 1000000, "MB of the disk to leave free: the oldest rows make room; 0 is off")] = 512
     max_message_bytes: Annotated[int, number(1024, 1048576, "longest message taken from a board")] = 65536
@@ -183,14 +178,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return settings
 
 
-def is_secret(field: str) -> bool:
-    """Whether nobody but the gateway may see a setting's value."""
-    return field.endswith("_token") or field == "mqtt_url"
-
-
 def flag_of(field: str) -> str | None:
     """The flag of a setting. None for secrets: command lines are seen by everybody on the machine."""
-    return None if is_secret(field) else "--" + field.removesuffix("_s").replace("_", "-")
+    is_secret = field.endswith("_token") or field == "mqtt_url"
+    return None if is_secret else "--" + field.removesuffix("_s").replace("_", "-")
 
 
 def variable_of(field: str) -> str:
@@ -199,11 +190,9 @@ def variable_of(field: str) -> str:
 
 
 def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What `flags`, which win, and `environ` set of `kind`'s fields. An empty text counts as not given, but for a
-    token, and where it means none.
+    """What `environ` and `flags`, which win, set of `kind`'s fields; an empty text only for a token, and where it means none.
 
-    The variables are always the gateway's, so that the simulator can run with the same ones. Raises ConfigError, also for a
-    variable that nobody knows: a token with a misspelt name would leave the door open.
+    Raises ConfigError, also for a variable that is none of the gateway's: a misspelt token would leave the door open.
     """
     known = [variable_of(name) for name in Settings.__struct_fields__]
     for variable in sorted(environ):
@@ -212,18 +201,17 @@ def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], e
             raise ConfigError(f"{variable} is no setting: did you mean {meant}?")
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(kind):
+        flag, variable = flag_of(field.name), variable_of(field.name)
         may_be_empty = field.name.endswith("_token") or field.name == "mqtt_discovery"
-        source, given = flag_of(field.name), flags.get(field.name)
-        if (given is None or not (given or may_be_empty)) and (variable := variable_of(field.name)) in known:
-            source, given = variable, environ.get(variable)
-        if given is None or not (given.strip() or may_be_empty):
-            continue
-        given = given.strip().lower() if "enum" in schema_of(field.type) else given.strip()
-        try:
-            values[field.name] = msgspec.convert(from_text(given, field.type), field.type)
-        except msgspec.ValidationError:
-            shown = "(hidden)" if is_secret(field.name) else repr(given[:80])
-            raise ConfigError(f"{source} is {shown}: it must be {requirement(field.type)}") from None
+        for source, text in ((flag, flags.get(field.name)), (variable, environ.get(variable))):
+            if text is None or not (text.strip() or may_be_empty):
+                continue
+            try:
+                values[field.name] = msgspec.convert(from_text(text.strip(), field.type), field.type)
+                break
+            except msgspec.ValidationError:
+                shown = repr(text.strip()[:80]) if flag else "(hidden)"
+                raise ConfigError(f"{source} is {shown}: it must be {requirement(field.type)}") from None
     return values
 
 
@@ -244,8 +232,6 @@ def requirement(kind: Any) -> str:
             return f"one of {', '.join(choices)}"
         case {"type": of_type, "minimum": low, "maximum": high}:
             return f"a {'whole number' if of_type == 'integer' else 'number'} from {low} to {high}"
-        case {"minLength": low, "maxLength": high}:
-            return f"a text of {low} to {high} characters"
         case schema:
             return {"object": "a JSON object", "number": "a number"}.get(schema.get("type", ""), "a text")
 
@@ -260,10 +246,10 @@ def from_text(given: str, kind: Any) -> Any:
     """What a setting or a query parameter, which are texts, stands for as a value of a type; where nothing, the text."""
     with contextlib.suppress(ValueError, OverflowError):
         match schema_of(kind):
-            case {"type": "integer" | "number"} if re.fullmatch("[0-9]{1,20}", given):
-                return int(given)
-            case {"type": "number"} if math.isfinite(value := float(given)):
-                return value
+            case {"type": "integer" | "number"} if math.isfinite(value := float(given)):
+                return int(value) if value.is_integer() else value
+            case {"enum": _}:
+                return given.lower()
             case {"format": "path"}:
                 return Path(given)
             case {"type": "array"}:
@@ -318,11 +304,7 @@ class GatewayError(Exception):
     def __init__(self, code: Code, text: str) -> None:
         super().__init__(text)
         self.code = code
-
-    @property
-    def status(self) -> int:
-        """The HTTP status of an answer that says it."""
-        return int(self.code.value[0])
+        self.status: int = code.value[0]  # of an answer that says it
 
 
 class StartError(Exception):
@@ -347,12 +329,12 @@ DEVICE_ID_PATTERN = r"\A(?!\.\.?\Z)[A-Za-z0-9._-]{1,64}\Z"  # contract, section 
 DEVICE_ID_TITLE = "1 to 64 of A-Z a-z 0-9 . _ -, and neither . nor .."
 
 EVERY_TYPE = "*"  # contract, section 6: as a target every device online, in a row devices of several types
-DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50)]
-CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50, title="a text of 1 to 50 characters")]
+CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255, title="a text of 1 to 255 characters")]
 DeviceId = Annotated[str, text_like(DEVICE_ID_PATTERN, DEVICE_ID_TITLE)]
 DeviceIds = Annotated[list[DeviceId], msgspec.Meta(min_length=1, max_length=1000, title=f"1 to 1000 ids of {DEVICE_ID_TITLE}")]
-DATE_TIME = {"format": "date-time"}
-Moment = Annotated[datetime, msgspec.Meta(title="an ISO 8601 time such as 2026-01-24T10:30:45Z", extra_json_schema=DATE_TIME)]
+MOMENT_TITLE = "an ISO 8601 time such as 2026-01-24T10:30:45Z"
+Moment = Annotated[datetime, msgspec.Meta(title=MOMENT_TITLE, extra_json_schema={"format": "date-time"})]
 
 
 class BoardMessage(msgspec.Struct, tag_field="message_type", gc=False, kw_only=True):
@@ -425,7 +407,6 @@ class CommandRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     wait: Annotated[float, msgspec.Meta(ge=0, le=60)] | None = None
 
 
-board_decoder = msgspec.json.Decoder(AnyBoardMessage)
 json_decoder = msgspec.json.Decoder()
 to_json: Callable[[object], Json] = msgspec.json.Encoder().encode
 raw = msgspec.Raw  # JSON, to be put as it is into something that is encoded later
@@ -434,29 +415,10 @@ AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 
 def decode_board_message(data: bytes) -> AnyBoardMessage:
     """Decode and validate one text frame of a board. Raises GatewayError."""
-    data = without_padding(data)
-    try:
-        data.decode()  # the decoder below doesn't look into keys that it skips
-        message: AnyBoardMessage = board_decoder.decode(data)
-        check_depth(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        message = convert_board_message(decode_json(data))  # once more, to say what is wrong
-    if message.device_type == EVERY_TYPE:
-        raise GatewayError(Code.INVALID_FIELD_VALUE, f"device_type is {EVERY_TYPE!r}: that stands for every type")
-    if isinstance(message, Registration):
-        extras = decode_json(data)
-        for key in ("message_type", "device_type", "device_id", "timestamp", "metadata"):
-            extras.pop(key, None)
-        if extras:
-            message.metadata = extras | (message.metadata or {})
-    return message
-
-
-def convert_board_message(values: Any) -> AnyBoardMessage:
-    """The message that decoded JSON is. Raises GatewayError."""
+    values = decode_json(without_padding(data))
     match values:
         case {"message_type": str(tag)} if tag in BOARD_MESSAGES:
-            return convert_fields(values, BOARD_MESSAGES[tag])  # type: ignore[return-value]
+            message: AnyBoardMessage = convert_fields(values, BOARD_MESSAGES[tag])  # type: ignore[assignment]
         case {"message_type": str(tag)}:
             known = ", ".join(BOARD_MESSAGES)
             raise GatewayError(Code.UNKNOWN_MESSAGE_TYPE, f"unknown message_type {tag[:64]!r}: it must be one of {known}")
@@ -466,6 +428,13 @@ def convert_board_message(values: Any) -> AnyBoardMessage:
             raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `message_type`")
         case _:
             raise GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
+    if message.device_type == EVERY_TYPE:
+        raise GatewayError(Code.INVALID_FIELD_VALUE, f"device_type is {EVERY_TYPE!r}: that stands for every type")
+    if isinstance(message, Registration):
+        known_keys = ("message_type", "device_type", "device_id", "timestamp", "metadata")
+        if extras := {key: value for key, value in values.items() if key not in known_keys}:
+            message.metadata = extras | (message.metadata or {})
+    return message
 
 
 def decode_command(query: Mapping[str, Any], body: bytes) -> CommandRequest:
@@ -482,10 +451,9 @@ def decode_command(query: Mapping[str, Any], body: bytes) -> CommandRequest:
             content = {"payload": content}
         if not isinstance(content, dict):
             raise GatewayError(Code.INVALID_MESSAGE, "the body must be a JSON object")
-        content = {name: value for name, value in content.items() if value is not None or name not in fields}
-        if twice := sorted(fields.keys() & content.keys()):
+        if twice := sorted(name for name in fields.keys() & content.keys() if content[name] is not None):
             raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(twice)}: given in the query and in the body")
-        fields |= content
+        fields = content | fields
     if isinstance(fields.get("device_id"), str):
         fields["device_id"] = fields["device_id"].split(",")
     request = convert_fields(fields, CommandRequest)
@@ -499,46 +467,43 @@ def without_padding(data: bytes) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\0 \t\r\n")
 
 
+NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^]["{}]+', re.DOTALL)
+
+
+def depth_of(data: bytes) -> int:
+    """How deep JSON is nested; of what isn't that deep in any case, how many brackets it has, which is quicker."""
+    count = data.count(b"{") + data.count(b"[")
+    if count <= MAX_JSON_DEPTH:
+        return count
+    return max(itertools.accumulate(1 if byte in b"{[" else -1 for byte in NO_BRACKETS.sub(b"", data)))
+
+
 def decode_json(data: bytes, name: str = "the message") -> Any:
     """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting.
 
     Raises GatewayError, which says of `name` what is wrong.
     """
-    code = Code.INVALID_MESSAGE
+    code, problem = Code.INVALID_MESSAGE, f"is nested deeper than {MAX_JSON_DEPTH} levels"
     try:
         data.decode()
-        value = json_decoder.decode(data)
-        check_depth(data)
-        return value
+        if depth_of(data) <= MAX_JSON_DEPTH:
+            return json_decoder.decode(data)
     except UnicodeDecodeError as error:
         problem = f"is not valid UTF-8: byte 0x{data[error.start]:02x}"
     except msgspec.ValidationError:  # there is no other where any type is right
         code, problem = Code.INVALID_FIELD_VALUE, "has a number that is out of range"
     except msgspec.DecodeError:
         problem = f'is not valid JSON, such as {{"count": 5}}: {data[:40].decode(errors="replace")!r}'
-    except RecursionError:
-        problem = f"is nested deeper than {MAX_JSON_DEPTH} levels"
     raise GatewayError(code, f"{name} {problem}")
-
-
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-
-
-def check_depth(data: bytes) -> None:
-    """Raise RecursionError for JSON that is nested deeper than MAX_JSON_DEPTH."""
-    if data.count(b"{") + data.count(b"[") <= MAX_JSON_DEPTH:
-        return  # what every real message comes to, at a fraction of the price
-    depth = 0
-    for byte in _JSON_STRING.sub(b"", data):
-        depth += (byte in b"{[") - (byte in b"}]")
-        if depth > MAX_JSON_DEPTH:
-            raise RecursionError
 
 
 @functools.cache
 def fields_of(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
     """A struct's fields, by name."""
     return {field.name: field for field in msgspec.structs.fields(kind)}
+
+
+JSON_TYPES: Mapping[str | None, Any] = {"integer": int | float, "number": int | float, "array": list, "object": dict}
 
 
 def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct], within: str = "") -> AnyStruct:
@@ -550,26 +515,19 @@ def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct], within: str
         name = within + min(unknown)[:64]
         raise GatewayError(Code.INVALID_FIELD_VALUE, f"unknown {name!r}; known here: {', '.join(known) or 'nothing'}")
     for name, field in known.items():
-        if name in values:
-            check_field(values[name], within + name, field.type)
-        elif field.required:
+        value = values.get(name, field.default)
+        if value is msgspec.NODEFAULT:
             raise GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field `{within}{name}`")
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError:
+            if Deadman in get_args(field.type) and isinstance(value, dict):
+                convert_fields(value, Deadman, f"{name}.")
+            json_type = JSON_TYPES.get(schema_of(field.type).get("type"), str)
+            is_of_type = isinstance(value, json_type) and not isinstance(value, bool)
+            code = Code.INVALID_FIELD_VALUE if is_of_type else Code.INVALID_FIELD_TYPE
+            raise GatewayError(code, wrong_value(within + name, value, field.type)) from None
     raise AssertionError(f"each field is right, and {kind.__name__} is not")
-
-
-JSON_TYPES: Mapping[str | None, Any] = {"integer": int | float, "number": int | float, "array": list, "object": dict}
-
-
-def check_field(value: object, name: str, kind: Any) -> None:
-    """Raise GatewayError where a value can't be of a field's type."""
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError:
-        if Deadman in get_args(kind) and isinstance(value, dict):
-            convert_fields(value, Deadman, f"{name}.")
-        is_of_type = isinstance(value, JSON_TYPES.get(schema_of(kind).get("type"), str)) and not isinstance(value, bool)
-        code = Code.INVALID_FIELD_VALUE if is_of_type else Code.INVALID_FIELD_TYPE
-        raise GatewayError(code, wrong_value(name, value, kind)) from None
 
 
 def utc_now() -> datetime:
