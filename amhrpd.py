@@ -164,11 +164,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The file that `database_url` names."""
         return Path(self.database_url.removeprefix("sqlite:///"))
 
-    @property
-    def origins(self) -> frozenset[str]:
-        """`allowed_origins` one by one, as `normal_origin` writes them."""
-        return frozenset(normal_origin(part.strip().rstrip("/")) for part in self.allowed_origins.split(",") if part.strip())
-
     @classmethod
     def load(cls, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
         """The settings of `flags` (field name -> text, None where not given) and `environ`. Raises ConfigError."""
@@ -262,11 +257,6 @@ def from_text(given: str, kind: Any) -> Any:
 def naive_utc(moment: datetime) -> datetime:
     """A moment as the store keeps it; one without a zone is taken as UTC."""
     return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
-def normal_origin(origin: str) -> str:
-    """An origin as browsers write it: in lower case, without the port that its scheme implies (RFC 6454)."""
-    return re.sub(r"\A(http://.*):80\Z|\A(https://.*):443\Z", r"\1\2", origin.lower())
 
 
 # ======================================================================================================================
@@ -508,9 +498,10 @@ JSON_TYPES: Mapping[str | None, Any] = {"integer": int | float, "number": int | 
 
 def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct], within: str = "") -> AnyStruct:
     """A struct of values that are decoded already. Raises GatewayError, which names a field with what it is `within`."""
-    with contextlib.suppress(msgspec.ValidationError):
+    try:
         return msgspec.convert(values, kind)
-    known = fields_of(kind)
+    except msgspec.ValidationError:
+        known = fields_of(kind)
     if kind.__struct_config__.forbid_unknown_fields and (unknown := values.keys() - known.keys()):
         name = within + min(unknown)[:64]
         raise GatewayError(Code.INVALID_FIELD_VALUE, f"unknown {name!r}; known here: {', '.join(known) or 'nothing'}")
@@ -3896,7 +3887,7 @@ class NoQuery(msgspec.Struct, forbid_unknown_fields=True):
     """No parameters."""
 
 
-class DevicesQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class DevicesQuery(NoQuery):
     """`GET /devices`."""
 
     device_type: str | None = None
@@ -3907,7 +3898,7 @@ EventName = Literal["device", "state", "command", "alert"]
 EventNames = Annotated[list[EventName], msgspec.Meta(title="device, state, command, alert, or several with commas between")]
 
 
-class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ListenQuery(NoQuery):
     """`GET /events`."""
 
     device_id: DeviceIds | None = None
@@ -3922,12 +3913,11 @@ LIMIT_TITLE = f"a whole number from 1 to {MAX_ROWS['json']}, or with format=csv 
 Limit = Annotated[int, msgspec.Meta(ge=1, title=LIMIT_TITLE, extra_json_schema={"maximum": MAX_ROWS["json"]})]
 
 
-class HistoryQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class HistoryQuery(NoQuery):
     """What every history takes."""
 
     table: ClassVar[TableName]
     rows_name: ClassVar[str]  # in the answer
-    key: ClassVar[str] = "id"  # what `before_id` names
 
     limit: Limit = 100
     since: Moment | None = None
@@ -3936,26 +3926,26 @@ class HistoryQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     format: Literal["json", "csv", "excel"] = "json"
 
     def __post_init__(self) -> None:
-        """Raise GatewayError for more rows than the format may have."""
         if self.limit > MAX_ROWS[self.format]:
             raise GatewayError(Code.INVALID_FIELD_VALUE, wrong_value("limit", self.limit, Limit))
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
         """The rows that are wanted, behind `last` where that is known, in the words of Store's `history`."""
-        before = self.before_id if last is None else last[self.key]
-        own = (name for name in self.__struct_fields__ if name not in HistoryQuery.__struct_fields__)
-        equal = {name: value for name in own if (value := getattr(self, name)) is not None}
-        return {"since": stored_time(self.since), "until": stored_time(self.until), "before": before, **equal}
+        wanted = msgspec.structs.asdict(self)
+        before, since, until = wanted.pop("before_id"), stored_time(wanted.pop("since")), stored_time(wanted.pop("until"))
+        before = before if last is None else last[next(iter(COLUMNS[self.table]))]
+        own = {name: value for name, value in wanted.items() if name not in ("limit", "format") and value is not None}
+        return {"since": since, "until": until, "before": before, **own}
 
 
-class StateHistoryQuery(HistoryQuery, kw_only=True):
+class StateHistoryQuery(HistoryQuery):
     """`GET /state-history/{device_id}`."""
 
     table: ClassVar[TableName] = "device_state_snapshots"
     rows_name = "states"
 
 
-class ConnectionHistoryQuery(HistoryQuery, kw_only=True):
+class ConnectionHistoryQuery(HistoryQuery):
     """`GET /device-connection-history/{device_id}`."""
 
     table: ClassVar[TableName] = "device_connection_logs"
@@ -3964,12 +3954,11 @@ class ConnectionHistoryQuery(HistoryQuery, kw_only=True):
     event: Literal["connected", "disconnected", "timeout"] | None = None
 
 
-class CommandLogsQuery(HistoryQuery, kw_only=True):
+class CommandLogsQuery(HistoryQuery):
     """`GET /command-logs`."""
 
     table: ClassVar[TableName] = "command_logs"
     rows_name = "logs"
-    key = "command_id"
 
     before_id: CommandName | None = None  # type: ignore[assignment] # commands have ids of letters
     status: Literal["created", "sent", "ack_success", "ack_error", "ack_timeout", "no_devices"] | None = None
@@ -4004,49 +3993,27 @@ async def read_body(request: web.Request) -> bytes:
 
 # -- what they get -----------------------------------------------------------------------------------------------------
 
-STREAM_BYTES = 16 << 10  # of an answer that is made as it is taken; about a millisecond of encoding
+PIECE_BYTES = 16 << 10  # of an answer that is made as it is taken; about a millisecond of encoding
 MORE = "X-AMHRPD-More"  # the header of a history that has more rows than were asked for
 CSV_PAGE_ROWS = 1000  # contract, section 6: as many are in memory at a time, and decide on the columns
 MAX_STATE_COLUMNS = 1000  # boards may use as many keys as they like; more are in `other`
 
 
-def json_response(content: object, status: int = 200) -> web.Response:
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """JSON, with a line end for those who read it in a shell."""
-    return web.Response(body=to_json(content) + b"\n", status=status, content_type="application/json")
+    return web.Response(body=to_json(content) + b"\n", status=status, content_type="application/json", headers=headers)
 
 
-async def stream(
-    request: web.Request, response: web.StreamResponse, parts: AsyncIterator[bytes], part_bytes: int = STREAM_BYTES
-) -> web.StreamResponse:
-    """Give an answer of any length, `part_bytes` at a time, as it is made and taken; others have their turn between.
-
-    One that is no longer says its length, which is what simple callers can read.
-    """
-    if request.method == "HEAD":
-        return response
-    waiting = bytearray()
+async def in_pieces(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """An answer of any length, PIECE_BYTES at a time, as it is made and taken; others have their turn between."""
+    piece = bytearray()
     async for part in parts:
-        waiting += part
-        if len(waiting) >= part_bytes:
-            await response.prepare(request)
-            await response.write(bytes(waiting))
-            waiting.clear()
+        piece += part
+        if len(piece) >= PIECE_BYTES:
+            yield bytes(piece)
+            piece.clear()
             await asyncio.sleep(0)
-    if not response.prepared:
-        response.content_length = len(waiting)
-        await response.prepare(request)
-    await response.write_eof(bytes(waiting))
-    return response
-
-
-async def json_list(head: Row, name: str, items: Collection[Any], encode: Callable[[Any], bytes]) -> AsyncIterator[bytes]:
-    """JSON that ends with a list of any length, in parts: what it is of, how many items there are, and they under a name."""
-    yield to_json({**head, "total": len(items), name: []}).removesuffix(b"]}")
-    for number, item in enumerate(items):
-        yield (b"," if number else b"") + encode(item)
-        if number % 100 == 99:
-            await asyncio.sleep(0)
-    yield b"]}\n"
+    yield bytes(piece)
 
 
 ReadRows = Callable[..., Awaitable[list[Row]]]
@@ -4056,29 +4023,23 @@ ReadRows = Callable[..., Awaitable[list[Row]]]
 async def csv_history(query: HistoryQuery, read: ReadRows, rows: list[Row]) -> AsyncIterator[bytes]:
     """The rows that a query wants as CSV, in parts; `rows` are the first of them, and the others are read as it is taken."""
     is_of_states, is_for_people = query.table == "device_state_snapshots", query.format == "excel"
-    header = state_columns(rows) if is_of_states else list(COLUMNS[query.table])
+    header = list(COLUMNS[query.table])
+    if is_of_states:
+        keys = dict.fromkeys(key for row in rows for key in state_of(row) if key not in ("timestamp", "other"))
+        header = ["timestamp", *itertools.islice(keys, MAX_STATE_COLUMNS), "other"]
     yield ("\ufeff" if is_for_people else "").encode() + csv_line(header)  # a mark by which spreadsheets know UTF-8
     left = query.limit
     while rows:
         for row in rows:
-            cells = state_cells(row, header) if is_of_states else [row[name] for name in header]
+            cells = [row.get(name) for name in header]
+            if is_of_states:
+                state = state_of(row)
+                cells = [row["timestamp"], *[state.pop(key, None) for key in header[1:-1]], state or None]
             yield csv_line(cells, is_for_people=is_for_people)
         left -= len(rows)
-        last, rows = rows[-1], []  # one page in memory at a time
+        last = rows[-1]
+        rows.clear()  # which the caller has, too: one page in memory at a time
         rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
-
-
-def state_columns(rows: Iterable[Row]) -> list[str]:
-    """The columns of states: the top-level keys that these have, and `other` for what others have besides."""
-    keys = dict.fromkeys(key for row in rows for key in state_of(row))
-    return ["timestamp", *[key for key in keys if key not in ("timestamp", "other")][:MAX_STATE_COLUMNS], "other"]
-
-
-def state_cells(row: Row, header: Sequence[str]) -> list[Any]:
-    """A state's values in the header's order."""
-    state = state_of(row)
-    known = [state.pop(key, None) for key in header[1:-1]]
-    return [row["timestamp"], *known, state or None]
 
 
 def state_of(snapshot: Row) -> dict[str, Any]:
@@ -4136,7 +4097,7 @@ def error_of(request: web.BaseRequest, problem: BaseException | None) -> Gateway
 def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Counter[str]) -> web.Response:
     """The answer for what went wrong, in the one shape that every error has; counted, logged where somebody will ask why.
 
-    Raises ConnectionError where an answer is under way: that is cut off, so that the caller sees that this isn't all.
+    Raises ConnectionError where an answer is under way: aiohttp then cuts it off, so that the caller sees that this isn't all.
     """
     error = error_of(request, problem)
     refused[error.code.name] += 1
@@ -4146,9 +4107,6 @@ def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Cou
     if problem is not None:
         problem.__traceback__ = None  # whose frames hold the problem: it would keep the request until a full collection
     if request.writer.output_size > 0:
-        if request.transport is not None and not request.transport.is_closing():
-            log.warning("answer_cut_off", peer=peer_of(request), path=request.path, error=str(error))
-            request.transport.abort()
         raise ConnectionError("the answer was under way")
     response = json_response({"error": str(error), "error_code": error.code.name}, error.status)
     if isinstance(problem, web.HTTPMethodNotAllowed):
@@ -4200,8 +4158,11 @@ class HttpConnection(web.RequestHandler):
         return response
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        """What aiohttp calls for defects, and for a body that breaks off while it is thrown away, which is none."""
-        if self.transport is not None and not isinstance(kwargs.get("exc_info"), BROKEN_OFF):
+        """What aiohttp calls for defects, for an answer that can't go on and is cut off, and for a body that breaks off."""
+        error = kwargs.get("exc_info")
+        if isinstance(error, GatewayError):
+            log.warning("answer_cut_off", problem=str(error))
+        elif self.transport is not None and not isinstance(error, BROKEN_OFF):
             super().log_exception(*args, **kwargs)
 
 
@@ -4221,8 +4182,9 @@ PREFLIGHT_HEADERS = {
 }
 
 
-Access = Literal["api_token", "device_token"]
-"""The setting with the token that a route wants, where it is set."""
+def normal_origin(origin: str) -> str:
+    """An origin as browsers write it: in lower case, without the port that its scheme implies (RFC 6454)."""
+    return re.sub(r"\A(http://.*):80\Z|\A(https://.*):443\Z", r"\1\2", origin.lower())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -4233,12 +4195,12 @@ class Route:
     path: str
     handler: Callable[[web.Request, Any], Awaitable[object]]
     query: type[msgspec.Struct] | None = NoQuery  # None: the handler looks at it
-    answer: str = ""  # for OpenAPI: one of ANSWERS, or a content type; the others are for people and boards
+    answer: type[msgspec.Struct] | str = ""  # for OpenAPI: of JSON, or a content type; without it for people and boards
     body: type[msgspec.Struct] | None = None  # for OpenAPI
-    access: Access | None = "api_token"
+    access: str | None = "api_token"  # the setting with the token that it wants, where one is set
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """What aiohttp calls with a request that Guard let in."""
+        """What aiohttp calls with a request that `RestApi.admit` let in."""
         try:
             query = None if self.query is None else convert_fields(query_values(request, self.query), self.query)
         except GatewayError as error:
@@ -4253,7 +4215,7 @@ class Route:
             yield from (plain, plain + "/") if plain else ("/",)
 
 
-def shows_token(request: web.Request, settings: Settings, access: Access) -> bool:
+def shows_token(request: web.Request, settings: Settings, access: str) -> bool:
     """Whether the request bears the token, in one of the forms of the contract's section 1, or none is set."""
     token: str | None = getattr(settings, access)
     if token is None:
@@ -4270,15 +4232,186 @@ def shows_token(request: web.Request, settings: Settings, access: Access) -> boo
     return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
 
 
-class Guard:
-    """Lets requests in or not, and gives every error its one shape."""
+# -- figures for Prometheus --------------------------------------------------------------------------------------------
 
-    def __init__(self, settings: Settings, routes: Iterable[Route], refused: Counter[str]) -> None:
-        """What it refuses is counted in `refused`, by code."""
+
+@dataclasses.dataclass(eq=False)
+class Metrics:
+    """What `GET /metrics` shows, from plain numbers when it is asked for. Every label that is known is there from the start."""
+
+    gateway: Gateway
+    store: Store
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        """What prometheus_client calls for an answer."""
+        gateway, health = self.gateway, self.gateway.health()
+        counts: Mapping[tuple[str, str], Mapping[str, float]] = {
+            **{(f"amhrpd_{name}", ""): {"": health.pop(name)} for name in ("rows_dropped", "rows_rejected")},
+            ("amhrpd_messages", "type"): {tag: gateway.messages[kind] for tag, kind in BOARD_MESSAGES.items()},
+            ("amhrpd_refusals", "code"): {code.name: gateway.refused[code.name] for code in Code},
+            ("amhrpd_commands", "status"): {
+                end: gateway.dispatch.ended[end] for end in (NO_DEVICES, ACK_SUCCESS, ACK_ERROR, ACK_TIMEOUT)
+            },
+            ("process_cpu_seconds", ""): {"": time.process_time()},
+        }
+        # prometheus_client's own collector shows the process only where it may read /proc/stat, which amhrpd.service hides.
+        pages, resident_pages, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        gauges = {
+            "amhrpd_database_ok": health["status"] == "ok",
+            "amhrpd_devices_known": health.pop("devices_total"),
+            "amhrpd_connections": len(gateway.connections),
+            "process_resident_memory_bytes": resident_pages * resource.getpagesize(),
+            "process_virtual_memory_bytes": pages * resource.getpagesize(),
+            "process_open_fds": sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            **{f"amhrpd_{name}": value for name, value in health.items() if isinstance(value, int | float)},
+        }
+        for name, value in gauges.items():
+            yield prometheus.GaugeMetricFamily(name, name.replace("_", " "), float(value))
+        for (name, label), by_label in counts.items():
+            family = prometheus.CounterMetricFamily(name, name.replace("_", " "), labels=[label] if label else [])
+            for key, count in by_label.items():
+                family.add_metric([key] if label else [], count)
+            yield family
+        for histogram in (gateway.dispatch.answer_seconds, *self.store.histograms, gateway.loop_late_s):
+            yield from histogram.collect()
+
+
+# -- OpenAPI -----------------------------------------------------------------------------------------------------------
+
+
+def answer(name: str, keys: Mapping[str, Any], **sometimes: Any) -> Any:
+    """The type of an answer, for OpenAPI: the types of the keys that are always there, and of those that may be."""
+    optional = [(key, kind | msgspec.UnsetType, msgspec.UNSET) for key, kind in sometimes.items()]
+    return msgspec.defstruct(name, [*keys.items(), *optional])
+
+
+def columns_of(table: TableName) -> dict[str, Any]:
+    """The types of a table's columns in answers."""
+    kinds: Mapping[str, Any] = {"JSON": Any, "INTEGER": int | None, "BOOLEAN": bool | None}
+    return {column: kinds.get(kind, str | None) for column, kind in COLUMNS[table].items()}
+
+
+ERROR = answer("Error", {"error": str, "error_code": Literal[tuple(code.name for code in Code)]})
+HEALTH = answer("Health", {"status": Literal["ok", "degraded"]})
+DEVICE_KEYS = {"metadata": Any, "state": Any, "state_timestamp": str | None, "alert": Any, "deadman_at": str | None}
+DEVICE: Any = answer("Device", columns_of("devices") | DEVICE_KEYS)
+DEVICES = answer("Devices", {"total": int, "devices": list[DEVICE]})
+DELETED = answer("Deleted", {"device_id": str, "deleted": dict[str, int]})
+COMMAND = answer(
+    "Command",
+    dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), str)
+    | {"payload": dict[str, Any], "target_device_count": int, "success_count": int},
+    response_data=dict[str, Any] | None,
+    deadman=Deadman,
+    detail=str,
+    persisted=bool,
+)
+STATE: Any = answer("State", columns_of("device_state_snapshots"))
+STATE_HISTORY = answer("StateHistory", {"device_id": str, "total": int, "states": list[STATE]})
+EVENT: Any = answer("ConnectionEvent", columns_of("device_connection_logs"))
+CONNECTION_HISTORY = answer("ConnectionHistory", {"device_id": str, "total": int, "events": list[EVENT]})
+COMMAND_LOG: Any = answer("CommandLog", columns_of("command_logs"))
+COMMAND_LOGS = answer("CommandLogs", {"total": int, "logs": list[COMMAND_LOG]})
+
+
+def content_of(kind: Any) -> Row:
+    """What OpenAPI says of a body: of which type its JSON is, or its content type."""
+    if isinstance(kind, str):
+        return {kind: {}}
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+
+
+def openapi(table: Iterable[Route]) -> msgspec.Raw:
+    """The routes that have an answer, as OpenAPI 3.1."""
+    routes = [route for route in table if route.answer]
+    kinds = [kind for route in routes for kind in (route.query, route.body, route.answer) if isinstance(kind, type)]
+    _, schemas = msgspec.json.schema_components([ERROR, *kinds], ref_template="#/components/schemas/{name}")
+    request = schemas["CommandRequest"]
+    one_or_several = request["properties"]["device_id"]["anyOf"]
+    one_or_several.append(one_or_several[0]["items"])
+    given, absent = {"not": {"type": "null"}}, {"type": "null"}
+    pairs = itertools.permutations(("device_type", "device_id"))  # both are possible, and then checked against each other
+    request["anyOf"] = [{"required": [one], "properties": {one: given, other: absent}} for one, other in pairs]
+    paths: dict[str, Row] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = operation(route, schemas)
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "AMHR-PD gateway", "version": VERSION},
+        "paths": paths,
+        "security": [{}, {"bearer": []}, {"basic": []}],
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")},
+        },
+    }
+    return raw(to_json(document).replace(rb"\\A", b"^").replace(rb"\\Z", b"$"))  # JSON Schema's patterns are JavaScript's
+
+
+def operation(route: Route, schemas: Mapping[str, Any]) -> Row:
+    """What OpenAPI says of one route."""
+    names = re.findall(r"{(\w+)}", route.path)
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    if route.query is not None:
+        for name, schema in schemas[route.query.__name__]["properties"].items():
+            # In a query nothing is null: that is what is left out. Lists have commas.
+            parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], "explode": False})
+    done: Row = {"description": "done", "content": content_of(route.answer)}
+    if route.query is not None and issubclass(route.query, HistoryQuery):
+        done["content"]["text/csv"] = {}
+        done["headers"] = {MORE: {"description": "true: there are more rows", "schema": {"const": "true"}}}
+    refused = {"description": "refused", "content": content_of(ERROR)}
+    responses = {"200": done, "4XX": refused, "5XX": refused}
+    if route.answer is HEALTH:
+        responses["503"] = {"description": "the database can't be written", "content": content_of(HEALTH)}
+    said: Row = {"parameters": parameters, "responses": responses}
+    if route.body is not None:
+        said["requestBody"] = {"required": True, "content": content_of(route.body)}
+    return said
+
+
+# -- the routes --------------------------------------------------------------------------------------------------------
+
+
+class RestApi:
+    """The routes of the contract's section 6, who may use them, and the one shape of errors. Handlers look up and answer."""
+
+    def __init__(self, settings: Settings, gateway: Gateway, store: Store) -> None:
         self._settings = settings
-        self._origins = settings.origins
-        self._access = {path: route.access for route in routes for path in route.paths()}
-        self._refused = refused
+        self._gateway = gateway
+        self._store = store
+        self._page = PAGE.encode()  # once: the library keeps an answer until the next one
+        self._page_headers = page_headers(PAGE)
+        gateway.metrics.register(Metrics(gateway, store))
+        self.routes = (
+            Route("GET", "/", self.page),
+            Route("GET", "/ws/{device_id}", self.serve_device, query=None, access="device_token"),
+            Route("GET", "/health", self.health, answer=HEALTH, access=None),
+            Route("GET", "/events", self.events, ListenQuery, "text/event-stream"),
+            Route("GET", "/devices", self.devices, DevicesQuery, DEVICES),
+            Route("GET", "/devices/{device_id}", self.device, NoQuery, DEVICE),
+            Route("DELETE", "/devices/{device_id}", self.delete_device, NoQuery, DELETED),
+            Route("POST", "/command", self.command, None, COMMAND, body=CommandRequest),
+            Route("GET", "/state-history/{device_id}", self.history, StateHistoryQuery, STATE_HISTORY),
+            Route("GET", "/command-logs", self.history, CommandLogsQuery, COMMAND_LOGS),
+            Route("GET", "/command-logs/{command_id}", self.command_log, NoQuery, COMMAND_LOG),
+            Route("GET", "/device-connection-history/{device_id}", self.history, ConnectionHistoryQuery, CONNECTION_HISTORY),
+            Route("GET", "/metrics", self.metrics, NoQuery, "text/plain"),
+            Route("GET", "/openapi.json", self.openapi, NoQuery, "application/json"),
+        )
+
+        origins = filter(None, map(str.strip, settings.allowed_origins.split(",")))
+        self._origins = {normal_origin(origin.rstrip("/")) for origin in origins}
+        self._access = {path: route.access for route in self.routes for path in route.paths()}
+
+    # -- who gets in ---------------------------------------------------------------------------------------------------
+
+    def serve_in(self, app: web.Application) -> None:
+        """Have an application serve the routes."""
+        app.middlewares.append(self.admit)
+        app.on_response_prepare.append(self.dress)
+        for route in self.routes:
+            app.add_routes(web.route(route.method, path, route.serve) for path in route.paths())
 
     @web.middleware
     async def admit(
@@ -4286,7 +4419,7 @@ class Guard:
     ) -> web.StreamResponse:
         """Serve a request that may come in; all of them pass here, those that have no route, too."""
         resource = request.match_info.route.resource
-        access: Access | None = "api_token" if resource is None else self._access[resource.canonical]
+        access = "api_token" if resource is None else self._access[resource.canonical]
         try:
             if isinstance(no_route := request.match_info.http_exception, web.HTTPNotFound):
                 raise no_route  # a board with a wrong path is told that, whatever its origin
@@ -4300,7 +4433,7 @@ class Guard:
                 raise GatewayError(Code.UNAUTHORIZED, text)
             response = await handler(request)
         except (GatewayError, web.HTTPException, ConnectionError) as problem:
-            response = refuse(request, problem, self._refused)
+            response = refuse(request, problem, self._gateway.refused)
         if "Upgrade" in request.headers and not response.prepared:
             response.force_close()  # a refused board says more, which is no request (contract, section 1)
         return response
@@ -4311,7 +4444,7 @@ class Guard:
             response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
             response.headers["Vary"] = "Origin"
 
-    def _check_origin(self, request: web.Request, access: Access | None) -> None:
+    def _check_origin(self, request: web.Request, access: str | None) -> None:
         """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
         headers = request.headers
         origin, host = headers.get("Origin"), headers.get("Host", "")
@@ -4329,200 +4462,7 @@ class Guard:
     def _is_from_allowed_page(self, request: web.Request) -> bool:
         return normal_origin(request.headers.get("Origin", "")) in self._origins
 
-
-# -- figures for Prometheus --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(eq=False)
-class Metrics:
-    """What `GET /metrics` shows, from plain numbers when it is asked for. Every label that is known is there from the start."""
-
-    gateway: Gateway
-    store: Store
-
-    OF_HEALTH: ClassVar = (
-        "devices_online",
-        "open_commands",
-        "uptime_seconds",
-        "database_bytes",
-        "disk_free_bytes",
-        "rows_waiting",
-    )
-
-    def collect(self) -> Iterator[prometheus.Metric]:
-        """What prometheus_client calls for an answer."""
-        gateway, health = self.gateway, self.gateway.health()
-        # prometheus_client's own collector shows the process only where it may read /proc/stat, which amhrpd.service hides.
-        usage, page_bytes = resource.getrusage(resource.RUSAGE_SELF), resource.getpagesize()
-        pages, resident_pages, *_ = map(int, Path("/proc/self/statm").read_text().split())
-        gauges = {f"amhrpd_{name}": health[name] for name in self.OF_HEALTH if name in health} | {
-            "amhrpd_database_ok": health["status"] == "ok",
-            "amhrpd_devices_known": len(gateway.registry),
-            "amhrpd_connections": len(gateway.connections),
-            "process_resident_memory_bytes": resident_pages * page_bytes,
-            "process_virtual_memory_bytes": pages * page_bytes,
-            "process_open_fds": sum(1 for _ in Path("/proc/self/fd").iterdir()),
-        }
-        for name, value in gauges.items():
-            yield prometheus.GaugeMetricFamily(name, name.replace("_", " "), float(value))
-        counts: Mapping[tuple[str, str], Mapping[str, float]] = {
-            ("amhrpd_rows_dropped", ""): {"": health["rows_dropped"]},
-            ("amhrpd_rows_rejected", ""): {"": health["rows_rejected"]},
-            ("amhrpd_messages", "type"): {tag: gateway.messages[kind] for tag, kind in BOARD_MESSAGES.items()},
-            ("amhrpd_refusals", "code"): {code.name: gateway.refused[code.name] for code in Code},
-            ("amhrpd_commands", "status"): {
-                end: gateway.dispatch.ended[end] for end in (NO_DEVICES, ACK_SUCCESS, ACK_ERROR, ACK_TIMEOUT)
-            },
-            ("process_cpu_seconds", ""): {"": usage.ru_utime + usage.ru_stime},
-        }
-        for (name, label), by_label in counts.items():
-            family = prometheus.CounterMetricFamily(name, name.replace("_", " "), labels=[label] if label else [])
-            for key, count in by_label.items():
-                family.add_metric([key] if label else [], count)
-            yield family
-        for histogram in (gateway.dispatch.answer_seconds, *self.store.histograms, gateway.loop_late_s):
-            yield from histogram.collect()
-
-
-# -- OpenAPI -----------------------------------------------------------------------------------------------------------
-
-
-TEXT, COUNT = {"type": "string"}, {"type": "integer"}
-TIME = {"type": ["string", "null"]}
-
-
-def ref(name: str) -> Row:
-    """Where OpenAPI has the schema of a name."""
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def object_with(always: Row, sometimes: Row | None = None) -> Row:
-    """The schema of an answer: keys with their schemas, those that are always there and those that may be."""
-    return {"type": "object", "properties": always | (sometimes or {}), "required": list(always)}
-
-
-def columns_of(table: TableName) -> Row:
-    """A table's columns with their schemas in answers."""
-    schemas: Mapping[str, Row] = {
-        "JSON": {},
-        "INTEGER": {"type": ["integer", "null"]},
-        "BOOLEAN": {"type": ["boolean", "null"]},
-    }
-    return {column: schemas.get(kind, TIME) for column, kind in COLUMNS[table].items()}
-
-
-ANSWERS: Mapping[str, Row] = {
-    "Error": object_with({"error": TEXT, "error_code": {"enum": [code.name for code in Code]}}),
-    "Health": object_with({"status": {"enum": ["ok", "degraded"]}}),
-    "Device": object_with(
-        columns_of("devices") | {"metadata": {}, "state": {}, "state_timestamp": TIME, "alert": {}, "deadman_at": TIME}
-    ),
-    "Devices": object_with({"total": COUNT, "devices": {"type": "array", "items": ref("Device")}}),
-    "Deleted": object_with({"device_id": TEXT, "deleted": {"type": "object", "additionalProperties": COUNT}}),
-    "Command": object_with(
-        dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), TEXT)
-        | {"payload": {"type": "object"}, "target_device_count": COUNT, "success_count": COUNT},
-        {"response_data": {}, "deadman": ref("Deadman"), "detail": TEXT, "persisted": {"type": "boolean"}},
-    ),
-    "State": object_with(columns_of("device_state_snapshots")),
-    "StateHistory": object_with({"device_id": TEXT, "total": COUNT, "states": {"type": "array", "items": ref("State")}}),
-    "ConnectionEvent": object_with(columns_of("device_connection_logs")),
-    "ConnectionHistory": object_with(
-        {"device_id": TEXT, "total": COUNT, "events": {"type": "array", "items": ref("ConnectionEvent")}}
-    ),
-    "CommandLog": object_with(columns_of("command_logs")),
-    "CommandLogs": object_with({"total": COUNT, "logs": {"type": "array", "items": ref("CommandLog")}}),
-}
-
-
-def openapi(table: Iterable[Route]) -> msgspec.Raw:
-    """The routes that have an answer, as OpenAPI 3.1."""
-    routes = [route for route in table if route.answer]
-    kinds = [kind for route in routes for kind in (route.query, route.body) if kind is not None]
-    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    request = schemas["CommandRequest"]
-    one_or_several = request["properties"]["device_id"]["anyOf"]
-    one_or_several.append(one_or_several[0]["items"])
-    given, absent = {"not": {"type": "null"}}, {"type": "null"}
-    pairs = itertools.permutations(("device_type", "device_id"))  # both are possible, and then checked against each other
-    request["anyOf"] = [{"required": [one], "properties": {one: given, other: absent}} for one, other in pairs]
-    paths: dict[str, Row] = {}
-    for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = operation(route, schemas)
-    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
-    document = {
-        "openapi": "3.1.0",
-        "info": {"title": "AMHR-PD gateway", "version": VERSION},
-        "paths": paths,
-        "security": [{}, {"bearer": []}, {"basic": []}],
-        "components": {"schemas": {**schemas, **ANSWERS}, "securitySchemes": schemes},
-    }
-    return raw(to_json(document).replace(rb"\\A", b"^").replace(rb"\\Z", b"$"))  # JSON Schema's patterns are JavaScript's
-
-
-def operation(route: Route, schemas: Mapping[str, Any]) -> Row:
-    """What OpenAPI says of one route."""
-
-    def content_of(name: str) -> Row:
-        return {name: {}} if "/" in name else {"application/json": {"schema": ref(name)}}
-
-    names = re.findall(r"{(\w+)}", route.path)
-    parameters = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in names]
-    if route.query is not None:
-        for name, schema in schemas[route.query.__name__]["properties"].items():
-            # In a query nothing is null: that is what is left out. Lists have commas.
-            parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], "explode": False})
-    done: Row = {"description": "done", "content": content_of(route.answer)}
-    if route.query is not None and issubclass(route.query, HistoryQuery):
-        done["content"]["text/csv"] = {}
-        done["headers"] = {MORE: {"description": "true: there are more rows", "schema": {"const": "true"}}}
-    refused = {"description": "refused", "content": content_of("Error")}
-    responses = {"200": done, "4XX": refused, "5XX": refused}
-    if route.answer == "Health":
-        responses["503"] = {"description": "the database can't be written", "content": content_of("Health")}
-    said: Row = {"parameters": parameters, "responses": responses}
-    if route.body is not None:
-        said["requestBody"] = {"required": True, "content": content_of(route.body.__name__)}
-    return said
-
-
-# -- the routes --------------------------------------------------------------------------------------------------------
-
-
-class RestApi:
-    """The routes of the contract's section 6. Handlers look up and answer; see Route, and Guard for access and errors."""
-
-    def __init__(self, settings: Settings, gateway: Gateway, store: Store) -> None:
-        self._settings = settings
-        self._gateway = gateway
-        self._store = store
-        self._page = PAGE.encode()  # once: the library keeps an answer until the next one
-        self._page_headers = page_headers(PAGE)
-        gateway.metrics.register(Metrics(gateway, store))
-        self.routes = (
-            Route("GET", "/", self.page),
-            Route("GET", "/ws/{device_id}", self.serve_device, query=None, access="device_token"),
-            Route("GET", "/health", self.health, answer="Health", access=None),
-            Route("GET", "/events", self.events, ListenQuery, "text/event-stream"),
-            Route("GET", "/devices", self.devices, DevicesQuery, "Devices"),
-            Route("GET", "/devices/{device_id}", self.device, NoQuery, "Device"),
-            Route("DELETE", "/devices/{device_id}", self.delete_device, NoQuery, "Deleted"),
-            Route("POST", "/command", self.command, None, "Command", body=CommandRequest),
-            Route("GET", "/state-history/{device_id}", self.history, StateHistoryQuery, "StateHistory"),
-            Route("GET", "/command-logs", self.history, CommandLogsQuery, "CommandLogs"),
-            Route("GET", "/command-logs/{command_id}", self.command_log, NoQuery, "CommandLog"),
-            Route("GET", "/device-connection-history/{device_id}", self.history, ConnectionHistoryQuery, "ConnectionHistory"),
-            Route("GET", "/metrics", self.metrics, NoQuery, "text/plain"),
-            Route("GET", "/openapi.json", self.openapi, NoQuery, "application/json"),
-        )
-
-    def serve_in(self, app: web.Application) -> None:
-        """Have an application serve the routes, each request through a Guard."""
-        guard = Guard(self._settings, self.routes, self._gateway.refused)
-        app.middlewares.append(guard.admit)
-        app.on_response_prepare.append(guard.dress)
-        for route in self.routes:
-            app.add_routes(web.route(route.method, path, route.serve) for path in route.paths())
+    # -- handlers ------------------------------------------------------------------------------------------------------
 
     async def page(self, request: web.Request, query: NoQuery) -> object:
         """`GET /`."""
@@ -4553,17 +4493,22 @@ class RestApi:
         with events.listening(listener):
             async with sse_response(request, ping_interval=Events.SILENCE_S, send_timeout=UNREAD_TIMEOUT_S) as response:
                 last_event_id = response.last_event_id or query.last_event_id
-                happened = events.follow(listener, last_event_id, alive=query.alive is not None)
-                texts = (b"".join(event.text for event in some) async for some in happened)
-                return await stream(request, response, texts, part_bytes=1)
+                async for happened in events.follow(listener, last_event_id, alive=query.alive is not None):
+                    await response.write(b"".join(event.text for event in happened))
+                return response
 
     async def devices(self, request: web.Request, query: DevicesQuery) -> object:
         """`GET /devices`."""
         is_online = None if query.online is None else query.online == "true"
         devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
-        parts = json_list({}, "devices", devices, lambda device: to_json(device.record()))
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        return await stream(request, response, parts, Database.MAX_ANSWER_BYTES)
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield b'{"total":%d,"devices":[' % len(devices)
+            for number, device in enumerate(devices):
+                yield (b"," if number else b"") + to_json(device.record())
+            yield b"]}\n"
+
+        return web.Response(body=in_pieces(parts()), content_type="application/json")
 
     async def device(self, request: web.Request, query: NoQuery) -> object:
         """`GET /devices/{device_id}`."""
@@ -4593,17 +4538,13 @@ class RestApi:
         read: ReadRows = functools.partial(self._store.history, query.table, **of)
         rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
         to_come = 0 if query.format == "json" else query.limit - len(rows)
-        headers = {"Content-Type": "application/json"}
-        parts = json_list(of, query.rows_name, rows, to_json)
-        if query.format != "json":
-            name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
-            headers = {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
-            parts = csv_history(query, read, rows)
-        rows = rows[-1:]  # the parts have the others
-        if rows and await read(1, offset=to_come, **query.filters(rows[-1])):
-            headers[MORE] = "true"
-        part_bytes = Database.MAX_ANSWER_BYTES if query.format == "json" else STREAM_BYTES
-        return await stream(request, web.StreamResponse(headers=headers), parts, part_bytes)
+        has_more = rows and await read(1, offset=to_come, **query.filters(rows[-1]))
+        headers = {MORE: "true"} if has_more else {}
+        if query.format == "json":
+            return json_response({**of, "total": len(rows), query.rows_name: rows}, headers=headers)
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
+        headers |= {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
+        return web.Response(body=in_pieces(csv_history(query, read, rows)), headers=headers)
 
     async def _only_in_file(self, device_ids: Iterable[str]) -> dict[str, Device]:
         """Those of some devices that are known and not in memory. Raises STORE_UNAVAILABLE, soon: who sends a stop waits."""
