@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """AMHR-PD gateway: ESP32 boards over WebSocket, people and programs over REST, history in SQLite; see `amhrpd.py --help`.
 
+On the event loop nothing waits for the disk: dictionaries are the truth while the gateway runs, and the database follows.
 The file reads from top to bottom; each room uses only the rooms above it:
 
     Configuration   Settings, from flags and environment
@@ -18,8 +19,6 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Service         logging, what repeats itself once a minute; systemd; start and stop in order
     Simulator       boards to try the gateway with
     Command line    main()
-
-On the event loop nothing waits for the disk: dictionaries are the truth while the gateway runs, and the database follows.
 """
 
 from __future__ import annotations
@@ -158,6 +157,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if not self.gateway_id:
             name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64]
             msgspec.structs.force_setattr(self, "gateway_id", name if name not in ("", "all") else "gateway")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert (AMHRPD_TLS_CERT) and --tls-key (AMHRPD_TLS_KEY) go together: set both or neither")
 
     @property
     def database_path(self) -> Path:
@@ -167,10 +168,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def load(cls, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
         """The settings of `flags` (field name -> text, None where not given) and `environ`. Raises ConfigError."""
-        settings = cls(**read_settings(cls, flags, environ))
-        if (settings.tls_cert is None) != (settings.tls_key is None):
-            raise ConfigError("--tls-cert (AMHRPD_TLS_CERT) and --tls-key (AMHRPD_TLS_KEY) go together: set both or neither")
-        return settings
+        return cls(**read_settings(cls, flags, environ))
 
 
 def flag_of(field: str) -> str | None:
@@ -321,6 +319,8 @@ DEVICE_ID_TITLE = "1 to 64 of A-Z a-z 0-9 . _ -, and neither . nor .."
 EVERY_TYPE = "*"  # contract, section 6: as a target every device online, in a row devices of several types
 DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50, title="a text of 1 to 50 characters")]
 CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255, title="a text of 1 to 255 characters")]
+BOARD_TYPE_TITLE = "a text of 1 to 50 characters, but not `*`, which stands for every type"
+BoardType = Annotated[str, text_like(r"(?s)\A(?!\*\Z).{1,50}\Z", BOARD_TYPE_TITLE)]
 DeviceId = Annotated[str, text_like(DEVICE_ID_PATTERN, DEVICE_ID_TITLE)]
 DeviceIds = Annotated[list[DeviceId], msgspec.Meta(min_length=1, max_length=1000, title=f"1 to 1000 ids of {DEVICE_ID_TITLE}")]
 MOMENT_TITLE = "an ISO 8601 time such as 2026-01-24T10:30:45Z"
@@ -330,7 +330,7 @@ Moment = Annotated[datetime, msgspec.Meta(title=MOMENT_TITLE, extra_json_schema=
 class BoardMessage(msgspec.Struct, tag_field="message_type", gc=False, kw_only=True):
     """What every message of a board may bear. The identity is the path's, the time the gateway's own."""
 
-    device_type: DeviceType | None = None
+    device_type: BoardType | None = None
 
 
 class Registration(BoardMessage, tag="registration"):
@@ -418,8 +418,6 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
             raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `message_type`")
         case _:
             raise GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
-    if message.device_type == EVERY_TYPE:
-        raise GatewayError(Code.INVALID_FIELD_VALUE, f"device_type is {EVERY_TYPE!r}: that stands for every type")
     if isinstance(message, Registration):
         known_keys = ("message_type", "device_type", "device_id", "timestamp", "metadata")
         if extras := {key: value for key, value in values.items() if key not in known_keys}:
@@ -3914,10 +3912,10 @@ Limit = Annotated[int, msgspec.Meta(ge=1, title=LIMIT_TITLE, extra_json_schema={
 
 
 class HistoryQuery(NoQuery):
-    """What every history takes."""
+    """`GET /state-history/{device_id}`, and what every history takes."""
 
-    table: ClassVar[TableName]
-    rows_name: ClassVar[str]  # in the answer
+    table: ClassVar[TableName] = "device_state_snapshots"
+    rows_name: ClassVar[str] = "states"  # in the answer
 
     limit: Limit = 100
     since: Moment | None = None
@@ -3938,17 +3936,10 @@ class HistoryQuery(NoQuery):
         return {"since": since, "until": until, "before": before, **own}
 
 
-class StateHistoryQuery(HistoryQuery):
-    """`GET /state-history/{device_id}`."""
-
-    table: ClassVar[TableName] = "device_state_snapshots"
-    rows_name = "states"
-
-
 class ConnectionHistoryQuery(HistoryQuery):
     """`GET /device-connection-history/{device_id}`."""
 
-    table: ClassVar[TableName] = "device_connection_logs"
+    table = "device_connection_logs"
     rows_name = "events"
 
     event: Literal["connected", "disconnected", "timeout"] | None = None
@@ -3957,7 +3948,7 @@ class ConnectionHistoryQuery(HistoryQuery):
 class CommandLogsQuery(HistoryQuery):
     """`GET /command-logs`."""
 
-    table: ClassVar[TableName] = "command_logs"
+    table = "command_logs"
     rows_name = "logs"
 
     before_id: CommandName | None = None  # type: ignore[assignment] # commands have ids of letters
@@ -4031,14 +4022,12 @@ async def csv_history(query: HistoryQuery, read: ReadRows, rows: list[Row]) -> A
     left = query.limit
     while rows:
         for row in rows:
-            cells = [row.get(name) for name in header]
-            if is_of_states:
-                state = state_of(row)
-                cells = [row["timestamp"], *[state.pop(key, None) for key in header[1:-1]], state or None]
+            state = state_of(row) if is_of_states else {}
+            known = [state.pop(key, None) for key in header[1:-1]]
+            cells = [row["timestamp"], *known, state or None] if is_of_states else list(row.values())
             yield csv_line(cells, is_for_people=is_for_people)
         left -= len(rows)
-        last = rows[-1]
-        rows.clear()  # which the caller has, too: one page in memory at a time
+        last, rows = rows[-1], []  # one page in memory at a time
         rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
 
 
@@ -4235,8 +4224,7 @@ def shows_token(request: web.Request, settings: Settings, access: str) -> bool:
 # -- figures for Prometheus --------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
-class Metrics:
+class Metrics(NamedTuple):
     """What `GET /metrics` shows, from plain numbers when it is asked for. Every label that is known is there from the start."""
 
     gateway: Gateway
@@ -4291,6 +4279,7 @@ def columns_of(table: TableName) -> dict[str, Any]:
     return {column: kinds.get(kind, str | None) for column, kind in COLUMNS[table].items()}
 
 
+REFERENCE = "#/components/schemas/{name}"
 ERROR = answer("Error", {"error": str, "error_code": Literal[tuple(code.name for code in Code)]})
 HEALTH = answer("Health", {"status": Literal["ok", "degraded"]})
 DEVICE_KEYS = {"metadata": Any, "state": Any, "state_timestamp": str | None, "alert": Any, "deadman_at": str | None}
@@ -4316,34 +4305,33 @@ COMMAND_LOGS = answer("CommandLogs", {"total": int, "logs": list[COMMAND_LOG]})
 
 def content_of(kind: Any) -> Row:
     """What OpenAPI says of a body: of which type its JSON is, or its content type."""
-    if isinstance(kind, str):
-        return {kind: {}}
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+    return (
+        {kind: {}}
+        if isinstance(kind, str)
+        else {"application/json": {"schema": {"$ref": REFERENCE.format(name=kind.__name__)}}}
+    )
 
 
 def openapi(table: Iterable[Route]) -> msgspec.Raw:
     """The routes that have an answer, as OpenAPI 3.1."""
     routes = [route for route in table if route.answer]
     kinds = [kind for route in routes for kind in (route.query, route.body, route.answer) if isinstance(kind, type)]
-    _, schemas = msgspec.json.schema_components([ERROR, *kinds], ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components([ERROR, *kinds], ref_template=REFERENCE)
     request = schemas["CommandRequest"]
     one_or_several = request["properties"]["device_id"]["anyOf"]
     one_or_several.append(one_or_several[0]["items"])
-    given, absent = {"not": {"type": "null"}}, {"type": "null"}
-    pairs = itertools.permutations(("device_type", "device_id"))  # both are possible, and then checked against each other
-    request["anyOf"] = [{"required": [one], "properties": {one: given, other: absent}} for one, other in pairs]
+    given = {"not": {"type": "null"}}
+    request["anyOf"] = [{"required": [name], "properties": {name: given}} for name in ("device_type", "device_id")]
     paths: dict[str, Row] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation(route, schemas)
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
     document = {
         "openapi": "3.1.0",
         "info": {"title": "AMHR-PD gateway", "version": VERSION},
         "paths": paths,
         "security": [{}, {"bearer": []}, {"basic": []}],
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")},
-        },
+        "components": {"schemas": schemas, "securitySchemes": schemes},
     }
     return raw(to_json(document).replace(rb"\\A", b"^").replace(rb"\\Z", b"$"))  # JSON Schema's patterns are JavaScript's
 
@@ -4352,12 +4340,11 @@ def operation(route: Route, schemas: Mapping[str, Any]) -> Row:
     """What OpenAPI says of one route."""
     names = re.findall(r"{(\w+)}", route.path)
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
-    if route.query is not None:
-        for name, schema in schemas[route.query.__name__]["properties"].items():
-            # In a query nothing is null: that is what is left out. Lists have commas.
-            parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], "explode": False})
+    for name, schema in (schemas[route.query.__name__]["properties"] if route.query else {}).items():
+        # In a query nothing is null: that is what is left out. Lists have commas.
+        parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], "explode": False})
     done: Row = {"description": "done", "content": content_of(route.answer)}
-    if route.query is not None and issubclass(route.query, HistoryQuery):
+    if issubclass(route.query or NoQuery, HistoryQuery):
         done["content"]["text/csv"] = {}
         done["headers"] = {MORE: {"description": "true: there are more rows", "schema": {"const": "true"}}}
     refused = {"description": "refused", "content": content_of(ERROR)}
@@ -4392,14 +4379,13 @@ class RestApi:
             Route("GET", "/devices/{device_id}", self.device, NoQuery, DEVICE),
             Route("DELETE", "/devices/{device_id}", self.delete_device, NoQuery, DELETED),
             Route("POST", "/command", self.command, None, COMMAND, body=CommandRequest),
-            Route("GET", "/state-history/{device_id}", self.history, StateHistoryQuery, STATE_HISTORY),
+            Route("GET", "/state-history/{device_id}", self.history, HistoryQuery, STATE_HISTORY),
             Route("GET", "/command-logs", self.history, CommandLogsQuery, COMMAND_LOGS),
             Route("GET", "/command-logs/{command_id}", self.command_log, NoQuery, COMMAND_LOG),
             Route("GET", "/device-connection-history/{device_id}", self.history, ConnectionHistoryQuery, CONNECTION_HISTORY),
             Route("GET", "/metrics", self.metrics, NoQuery, "text/plain"),
             Route("GET", "/openapi.json", self.openapi, NoQuery, "application/json"),
         )
-
         origins = filter(None, map(str.strip, settings.allowed_origins.split(",")))
         self._origins = {normal_origin(origin.rstrip("/")) for origin in origins}
         self._access = {path: route.access for route in self.routes for path in route.paths()}
@@ -4446,11 +4432,9 @@ class RestApi:
 
     def _check_origin(self, request: web.Request, access: str | None) -> None:
         """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
-        headers = request.headers
-        origin, host = headers.get("Origin"), headers.get("Host", "")
-        if access == "device_token" and origin in (None, "file://"):
-            return  # every board in the field says so, whatever host was compiled in (contract, section 1)
-        if self._is_from_allowed_page(request):
+        origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
+        # Every board in the field says file://, whatever host was compiled in (contract, section 1).
+        if self._is_from_allowed_page(request) or (access == "device_token" and origin in (None, "file://")):
             return
         authorities = {normal_origin(f"{scheme}://{host}") for scheme in ("http", "https")}
         can_allow_it = "AMHRPD_ALLOWED_ORIGINS can allow it"
