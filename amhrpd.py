@@ -3929,11 +3929,9 @@ class HistoryQuery(NoQuery):
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
         """The rows that are wanted, behind `last` where that is known, in the words of Store's `history`."""
-        wanted = msgspec.structs.asdict(self)
-        before, since, until = wanted.pop("before_id"), stored_time(wanted.pop("since")), stored_time(wanted.pop("until"))
-        before = before if last is None else last[next(iter(COLUMNS[self.table]))]
-        own = {name: value for name, value in wanted.items() if name not in ("limit", "format") and value is not None}
-        return {"since": since, "until": until, "before": before, **own}
+        before = self.before_id if last is None else last[next(iter(COLUMNS[self.table]))]
+        own = {name: value for name in ("event", "status", "device_type") if (value := getattr(self, name, None)) is not None}
+        return {"since": stored_time(self.since), "until": stored_time(self.until), "before": before, **own}
 
 
 class ConnectionHistoryQuery(HistoryQuery):
@@ -4007,12 +4005,8 @@ async def in_pieces(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield bytes(piece)
 
 
-ReadRows = Callable[..., Awaitable[list[Row]]]
-"""What gives up to `limit` rows that match filters, newest first; the first `offset` of them are left out."""
-
-
-async def csv_history(query: HistoryQuery, read: ReadRows, rows: list[Row]) -> AsyncIterator[bytes]:
-    """The rows that a query wants as CSV, in parts; `rows` are the first of them, and the others are read as it is taken."""
+async def csv_history(query: HistoryQuery, read: Callable[..., Awaitable[list[Row]]], rows: list[Row]) -> AsyncIterator[bytes]:
+    """The rows that a query wants as CSV, in parts; `rows` are the first of them, and the others are `read` as it is taken."""
     is_of_states, is_for_people = query.table == "device_state_snapshots", query.format == "excel"
     header = list(COLUMNS[query.table])
     if is_of_states:
@@ -4138,9 +4132,7 @@ class HttpConnection(web.RequestHandler):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
         read_at_once(transport, READ_BYTES)
 
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
+    def handle_error(self, request: web.BaseRequest, status: int = 500, exc: Any = None, message: Any = None) -> web.Response:
         """What aiohttp calls for what never reaches a route: requests that can't be parsed, and defects."""
         response = refuse(request, exc, self._gateway.refused)
         response.force_close()
@@ -4176,8 +4168,7 @@ def normal_origin(origin: str) -> str:
     return re.sub(r"\A(http://.*):80\Z|\A(https://.*):443\Z", r"\1\2", origin.lower())
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """One line of the table of routes. The handler returns what is to be JSON, or a response of its own."""
 
     method: str
@@ -4212,12 +4203,11 @@ def shows_token(request: web.Request, settings: Settings, access: str) -> bool:
     authorization = request.headers.get("Authorization", "").strip()
     scheme, _, value = authorization.partition(" ")
     shown = authorization or (request.query.get("token", "") if access == "device_token" else "")
-    match scheme.lower():
-        case "bearer":
-            shown = value.strip()
-        case "basic":
-            with contextlib.suppress(ValueError):
-                shown = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+    if scheme.lower() == "bearer":
+        shown = value.strip()
+    elif scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            shown = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
     return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
 
 
@@ -4233,13 +4223,12 @@ class Metrics(NamedTuple):
     def collect(self) -> Iterator[prometheus.Metric]:
         """What prometheus_client calls for an answer."""
         gateway, health = self.gateway, self.gateway.health()
+        ends = (NO_DEVICES, ACK_SUCCESS, ACK_ERROR, ACK_TIMEOUT)
         counts: Mapping[tuple[str, str], Mapping[str, float]] = {
             **{(f"amhrpd_{name}", ""): {"": health.pop(name)} for name in ("rows_dropped", "rows_rejected")},
             ("amhrpd_messages", "type"): {tag: gateway.messages[kind] for tag, kind in BOARD_MESSAGES.items()},
             ("amhrpd_refusals", "code"): {code.name: gateway.refused[code.name] for code in Code},
-            ("amhrpd_commands", "status"): {
-                end: gateway.dispatch.ended[end] for end in (NO_DEVICES, ACK_SUCCESS, ACK_ERROR, ACK_TIMEOUT)
-            },
+            ("amhrpd_commands", "status"): {end: gateway.dispatch.ended[end] for end in ends},
             ("process_cpu_seconds", ""): {"": time.process_time()},
         }
         # prometheus_client's own collector shows the process only where it may read /proc/stat, which amhrpd.service hides.
@@ -4267,7 +4256,7 @@ class Metrics(NamedTuple):
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 
-def answer(name: str, keys: Mapping[str, Any], **sometimes: Any) -> Any:
+def answer(name: str, keys: Mapping[str, Any], sometimes: Mapping[str, Any] = {}) -> Any:
     """The type of an answer, for OpenAPI: the types of the keys that are always there, and of those that may be."""
     optional = [(key, kind | msgspec.UnsetType, msgspec.UNSET) for key, kind in sometimes.items()]
     return msgspec.defstruct(name, [*keys.items(), *optional])
@@ -4286,15 +4275,10 @@ DEVICE_KEYS = {"metadata": Any, "state": Any, "state_timestamp": str | None, "al
 DEVICE: Any = answer("Device", columns_of("devices") | DEVICE_KEYS)
 DEVICES = answer("Devices", {"total": int, "devices": list[DEVICE]})
 DELETED = answer("Deleted", {"device_id": str, "deleted": dict[str, int]})
-COMMAND = answer(
-    "Command",
-    dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), str)
-    | {"payload": dict[str, Any], "target_device_count": int, "success_count": int},
-    response_data=dict[str, Any] | None,
-    deadman=Deadman,
-    detail=str,
-    persisted=bool,
-)
+COMMAND_TEXTS = dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), str)
+COMMAND_KEYS = COMMAND_TEXTS | {"payload": dict[str, Any], "target_device_count": int, "success_count": int}
+COMMAND_EXTRAS = {"response_data": dict[str, Any] | None, "deadman": Deadman, "detail": str, "persisted": bool}
+COMMAND = answer("Command", COMMAND_KEYS, sometimes=COMMAND_EXTRAS)
 STATE: Any = answer("State", columns_of("device_state_snapshots"))
 STATE_HISTORY = answer("StateHistory", {"device_id": str, "total": int, "states": list[STATE]})
 EVENT: Any = answer("ConnectionEvent", columns_of("device_connection_logs"))
@@ -4305,11 +4289,8 @@ COMMAND_LOGS = answer("CommandLogs", {"total": int, "logs": list[COMMAND_LOG]})
 
 def content_of(kind: Any) -> Row:
     """What OpenAPI says of a body: of which type its JSON is, or its content type."""
-    return (
-        {kind: {}}
-        if isinstance(kind, str)
-        else {"application/json": {"schema": {"$ref": REFERENCE.format(name=kind.__name__)}}}
-    )
+    is_json = not isinstance(kind, str)
+    return {"application/json": {"schema": {"$ref": REFERENCE.format(name=kind.__name__)}}} if is_json else {kind: {}}
 
 
 def openapi(table: Iterable[Route]) -> msgspec.Raw:
@@ -4320,8 +4301,9 @@ def openapi(table: Iterable[Route]) -> msgspec.Raw:
     request = schemas["CommandRequest"]
     one_or_several = request["properties"]["device_id"]["anyOf"]
     one_or_several.append(one_or_several[0]["items"])
-    given = {"not": {"type": "null"}}
-    request["anyOf"] = [{"required": [name], "properties": {name: given}} for name in ("device_type", "device_id")]
+    given, absent = {"not": {"type": "null"}}, {"type": "null"}
+    pairs = itertools.permutations(("device_type", "device_id"))  # both are possible, and then checked against each other
+    request["anyOf"] = [{"required": [one], "properties": {one: given, other: absent}} for one, other in pairs]
     paths: dict[str, Row] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation(route, schemas)
@@ -4367,8 +4349,6 @@ class RestApi:
         self._settings = settings
         self._gateway = gateway
         self._store = store
-        self._page = PAGE.encode()  # once: the library keeps an answer until the next one
-        self._page_headers = page_headers(PAGE)
         gateway.metrics.register(Metrics(gateway, store))
         self.routes = (
             Route("GET", "/", self.page),
@@ -4450,7 +4430,7 @@ class RestApi:
 
     async def page(self, request: web.Request, query: NoQuery) -> object:
         """`GET /`."""
-        return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=self._page_headers)
+        return web.Response(text=PAGE, content_type="text/html", headers=page_headers(PAGE))
 
     async def serve_device(self, request: web.Request, query: None) -> object:
         """`GET /ws/{device_id}`: a board connects."""
@@ -4519,7 +4499,7 @@ class RestApi:
         of: Row = dict(request.match_info)
         if of:
             await self._gateway.look_up(of["device_id"])
-        read: ReadRows = functools.partial(self._store.history, query.table, **of)
+        read: Callable[..., Awaitable[list[Row]]] = functools.partial(self._store.history, query.table, **of)
         rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
         to_come = 0 if query.format == "json" else query.limit - len(rows)
         has_more = rows and await read(1, offset=to_come, **query.filters(rows[-1]))
