@@ -145,11 +145,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     device_token: Annotated[Token | None, about("what boards must show")] = None
     allowed_origins: Annotated[Origins, about("pages of others that may call the API: http://host:port, …")] = ""
     mqtt_url: Annotated[MqttUrl | None, about("the broker that boards are shown to and take commands from")] = None
-    mqtt_ca: Annotated[Path | None, about("certificates (PEM) that the broker's is checked against, not the system's")] = None
+    mqtt_ca: Annotated[str | None, about("certificates (PEM) that the broker's is checked against, not the system's")] = None
     gateway_id: Annotated[GatewayId, about("what the broker knows this gateway by; the host's name if left out")] = ""
     mqtt_discovery: Annotated[TopicPrefix, about("where Home Assistant looks for boards")] = "homeassistant"
-    tls_cert: Annotated[Path | None, about("certificate chain (PEM): serve https and wss")] = None
-    tls_key: Annotated[Path | None, about("the certificate's private key (PEM)")] = None
+    tls_cert: Annotated[str | None, about("certificate chain (PEM): serve https and wss")] = None
+    tls_key: Annotated[str | None, about("the certificate's private key (PEM)")] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("least level logged")] = "info"
     log_format: Annotated[LogFormat, about("auto is console on a terminal, journal under systemd, else json")] = "auto"
 
@@ -211,7 +211,7 @@ def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], e
 @functools.cache
 def schema_of(kind: Any) -> Mapping[str, Any]:
     """What JSON Schema says of a type, where it may be null too of the other one."""
-    schema = msgspec.json.schema(kind, schema_hook=lambda _: {"type": "string", "format": "path"})
+    schema = msgspec.json.schema(kind)
     first = schema.get("anyOf", [schema])[0]
     return schema | ({"type": "object"} if "$ref" in first else first)
 
@@ -243,8 +243,6 @@ def from_text(given: str, kind: Any) -> Any:
                 return int(value) if value.is_integer() else value
             case {"enum": _}:
                 return given.lower()
-            case {"format": "path"}:
-                return Path(given)
             case {"type": "array"}:
                 return given.split(",")
             case {"format": "date-time"}:  # a `+` that nobody escaped arrives as a space
