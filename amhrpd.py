@@ -3955,12 +3955,9 @@ class CommandLogsQuery(HistoryQuery):
 def query_values(request: web.Request, kind: type[msgspec.Struct]) -> dict[str, Any]:
     """The query's parameters as values for a type. Raises GatewayError for one that is given twice."""
     known = fields_of(kind)
-    values: dict[str, Any] = {}
-    for name, text in request.query.items():
-        if name in values:
-            raise GatewayError(Code.INVALID_FIELD_VALUE, f"query parameter {name[:64]!r} is given more than once")
-        values[name] = from_text(text, known[name].type) if name in known else text
-    return values
+    if twice := [name for name in request.query if len(request.query.getall(name)) > 1]:
+        raise GatewayError(Code.INVALID_FIELD_VALUE, f"query parameter {twice[0][:64]!r} is given more than once")
+    return {name: from_text(text, known[name].type) if name in known else text for name, text in request.query.items()}
 
 
 async def read_body(request: web.Request) -> bytes:
