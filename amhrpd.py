@@ -77,6 +77,7 @@ import structlog
 import websockets
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.typedefs import Handler
 from aiohttp_sse import sse_response
 from prometheus_client import core as prometheus
 
@@ -4146,9 +4147,7 @@ class HttpConnection(web.RequestHandler):
 
 # Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
 # that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
-PRIVATE_HOST = re.compile(
-    r"(?i)(\[[0-9a-f:.]+\]|[0-9.]+|[^.:]*\.?|.*\.(local|localhost|home\.arpa|internal|lan|home)\.?)(:[0-9]*)?"
-)
+PRIVATE_HOST = re.compile(r"(?i)(\[[0-9a-f:.]+\]|[0-9.]+|[^.:]*\.?|.*\.(local(host)?|home(\.arpa)?|internal|lan)\.?)(:[0-9]*)?")
 
 # What a browser asks before it lets a page of an allowed origin call with JSON or a token (the Fetch standard's CORS).
 PREFLIGHT_HEADERS = {
@@ -4365,8 +4364,6 @@ class RestApi:
         self._origins = {normal_origin(origin.rstrip("/")) for origin in origins}
         self._access = {path: route.access for route in self.routes for path in route.paths()}
 
-    # -- who gets in ---------------------------------------------------------------------------------------------------
-
     def serve_in(self, app: web.Application) -> None:
         """Have an application serve the routes."""
         app.middlewares.append(self.admit)
@@ -4374,10 +4371,10 @@ class RestApi:
         for route in self.routes:
             app.add_routes(web.route(route.method, path, route.serve) for path in route.paths())
 
+    # -- who gets in ---------------------------------------------------------------------------------------------------
+
     @web.middleware
-    async def admit(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Serve a request that may come in; all of them pass here, those that have no route, too."""
         resource = request.match_info.route.resource
         access = "api_token" if resource is None else self._access[resource.canonical]
