@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""AMHR-PD gateway: ESP32 boards over WebSocket, people and programs over REST, history in SQLite.
+"""AMHR-PD gateway: ESP32 boards over WebSocket, people and programs over REST, history in SQLite; see `amhrpd.py --help`.
 
-    amhrpd.py [serve]     run the gateway
-    amhrpd.py simulate    play a fleet of boards against a running gateway
-
+On the event loop nothing waits for the disk: dictionaries are the truth while the gateway runs, and the database follows.
 The file reads from top to bottom; each room uses only the rooms above it:
 
     Configuration   Settings, from flags and environment
@@ -21,8 +19,6 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Service         logging, what repeats itself once a minute; systemd; start and stop in order
     Simulator       boards to try the gateway with
     Command line    main()
-
-On the event loop nothing waits for the disk: dictionaries are the truth while the gateway runs, and the database follows.
 """
 
 from __future__ import annotations
@@ -81,6 +77,7 @@ import structlog
 import websockets
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.typedefs import Handler
 from aiohttp_sse import sse_response
 from prometheus_client import core as prometheus
 
@@ -141,9 +138,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     registration_timeout_s: Annotated[float, number(0.1, 3600, "seconds that a connection has to register")] = 10.0
     command_timeout_s: Annotated[float, number(1, 300, "seconds to answer a command that names no timeout")] = 30.0
     commit_interval_s: Annotated[float, number(0, 3600, "seconds between two writes of telemetry, at least")] = 1.0
-    sync_interval_s: Annotated[float, number(0, 3600, "seconds that a power cut may cost; 0: no answer before it is safe")] = (
-        5.0
-    )
+    sync_interval_s: Annotated[float, number(0, 3600, "seconds a power cut may cost; 0: no answer before it is safe")] = 5.0
     keep_days: Annotated[int, number(0, 36500, "days that history is kept; 0 is for ever")] = 0
     min_free_mb: Annotated[int, number(0, 1000000, "MB of the disk to leave free: the oldest rows make room; 0 is off")] = 512
     max_message_bytes: Annotated[int, number(1024, 1048576, "longest message taken from a board")] = 65536
@@ -151,11 +146,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     device_token: Annotated[Token | None, about("what boards must show")] = None
     allowed_origins: Annotated[Origins, about("pages of others that may call the API: http://host:port, …")] = ""
     mqtt_url: Annotated[MqttUrl | None, about("the broker that boards are shown to and take commands from")] = None
-    mqtt_ca: Annotated[Path | None, about("certificates (PEM) that the broker's is checked against, not the system's")] = None
+    mqtt_ca: Annotated[str | None, about("certificates (PEM) that the broker's is checked against, not the system's")] = None
     gateway_id: Annotated[GatewayId, about("what the broker knows this gateway by; the host's name if left out")] = ""
     mqtt_discovery: Annotated[TopicPrefix, about("where Home Assistant looks for boards")] = "homeassistant"
-    tls_cert: Annotated[Path | None, about("certificate chain (PEM): serve https and wss")] = None
-    tls_key: Annotated[Path | None, about("the certificate's private key (PEM)")] = None
+    tls_cert: Annotated[str | None, about("certificate chain (PEM): serve https and wss")] = None
+    tls_key: Annotated[str | None, about("the certificate's private key (PEM)")] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("least level logged")] = "info"
     log_format: Annotated[LogFormat, about("auto is console on a terminal, journal under systemd, else json")] = "auto"
 
@@ -163,34 +158,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if not self.gateway_id:
             name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64]
             msgspec.structs.force_setattr(self, "gateway_id", name if name not in ("", "all") else "gateway")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert (AMHRPD_TLS_CERT) and --tls-key (AMHRPD_TLS_KEY) go together: set both or neither")
 
     @property
     def database_path(self) -> Path:
         """The file that `database_url` names."""
         return Path(self.database_url.removeprefix("sqlite:///"))
 
-    @property
-    def origins(self) -> frozenset[str]:
-        """`allowed_origins` one by one, as `normal_origin` writes them."""
-        return frozenset(normal_origin(part.strip().rstrip("/")) for part in self.allowed_origins.split(",") if part.strip())
-
     @classmethod
     def load(cls, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
         """The settings of `flags` (field name -> text, None where not given) and `environ`. Raises ConfigError."""
-        settings = cls(**read_settings(cls, flags, environ))
-        if (settings.tls_cert is None) != (settings.tls_key is None):
-            raise ConfigError("--tls-cert (AMHRPD_TLS_CERT) and --tls-key (AMHRPD_TLS_KEY) go together: set both or neither")
-        return settings
-
-
-def is_secret(field: str) -> bool:
-    """Whether nobody but the gateway may see a setting's value."""
-    return field.endswith("_token") or field == "mqtt_url"
+        return cls(**read_settings(cls, flags, environ))
 
 
 def flag_of(field: str) -> str | None:
     """The flag of a setting. None for secrets: command lines are seen by everybody on the machine."""
-    return None if is_secret(field) else "--" + field.removesuffix("_s").replace("_", "-")
+    is_secret = field.endswith("_token") or field == "mqtt_url"
+    return None if is_secret else "--" + field.removesuffix("_s").replace("_", "-")
 
 
 def variable_of(field: str) -> str:
@@ -199,11 +184,9 @@ def variable_of(field: str) -> str:
 
 
 def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What `flags`, which win, and `environ` set of `kind`'s fields. An empty text counts as not given, but for a
-    token, and where it means none.
+    """What `environ` and `flags`, which win, set of `kind`'s fields; an empty text only for a token, and where it means none.
 
-    The variables are always the gateway's, so that the simulator can run with the same ones. Raises ConfigError, also for a
-    variable that nobody knows: a token with a misspelt name would leave the door open.
+    Raises ConfigError, also for a variable that is none of the gateway's: a misspelt token would leave the door open.
     """
     known = [variable_of(name) for name in Settings.__struct_fields__]
     for variable in sorted(environ):
@@ -212,25 +195,24 @@ def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], e
             raise ConfigError(f"{variable} is no setting: did you mean {meant}?")
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(kind):
+        flag, variable = flag_of(field.name), variable_of(field.name)
         may_be_empty = field.name.endswith("_token") or field.name == "mqtt_discovery"
-        source, given = flag_of(field.name), flags.get(field.name)
-        if (given is None or not (given or may_be_empty)) and (variable := variable_of(field.name)) in known:
-            source, given = variable, environ.get(variable)
-        if given is None or not (given.strip() or may_be_empty):
-            continue
-        given = given.strip().lower() if "enum" in schema_of(field.type) else given.strip()
-        try:
-            values[field.name] = msgspec.convert(from_text(given, field.type), field.type)
-        except msgspec.ValidationError:
-            shown = "(hidden)" if is_secret(field.name) else repr(given[:80])
-            raise ConfigError(f"{source} is {shown}: it must be {requirement(field.type)}") from None
+        for source, text in ((flag, flags.get(field.name)), (variable, environ.get(variable))):
+            if text is None or not (text.strip() or may_be_empty):
+                continue
+            try:
+                values[field.name] = msgspec.convert(from_text(text.strip(), field.type), field.type)
+                break
+            except msgspec.ValidationError:
+                shown = repr(text.strip()[:80]) if flag else "(hidden)"
+                raise ConfigError(f"{source} is {shown}: it must be {requirement(field.type)}") from None
     return values
 
 
 @functools.cache
 def schema_of(kind: Any) -> Mapping[str, Any]:
     """What JSON Schema says of a type, where it may be null too of the other one."""
-    schema = msgspec.json.schema(kind, schema_hook=lambda _: {"type": "string", "format": "path"})
+    schema = msgspec.json.schema(kind)
     first = schema.get("anyOf", [schema])[0]
     return schema | ({"type": "object"} if "$ref" in first else first)
 
@@ -244,8 +226,6 @@ def requirement(kind: Any) -> str:
             return f"one of {', '.join(choices)}"
         case {"type": of_type, "minimum": low, "maximum": high}:
             return f"a {'whole number' if of_type == 'integer' else 'number'} from {low} to {high}"
-        case {"minLength": low, "maxLength": high}:
-            return f"a text of {low} to {high} characters"
         case schema:
             return {"object": "a JSON object", "number": "a number"}.get(schema.get("type", ""), "a text")
 
@@ -260,12 +240,10 @@ def from_text(given: str, kind: Any) -> Any:
     """What a setting or a query parameter, which are texts, stands for as a value of a type; where nothing, the text."""
     with contextlib.suppress(ValueError, OverflowError):
         match schema_of(kind):
-            case {"type": "integer" | "number"} if re.fullmatch("[0-9]{1,20}", given):
-                return int(given)
-            case {"type": "number"} if math.isfinite(value := float(given)):
-                return value
-            case {"format": "path"}:
-                return Path(given)
+            case {"type": "integer" | "number"} if math.isfinite(value := float(given)):
+                return int(value) if value.is_integer() else value
+            case {"enum": _}:
+                return given.lower()
             case {"type": "array"}:
                 return given.split(",")
             case {"format": "date-time"}:  # a `+` that nobody escaped arrives as a space
@@ -276,11 +254,6 @@ def from_text(given: str, kind: Any) -> Any:
 def naive_utc(moment: datetime) -> datetime:
     """A moment as the store keeps it; one without a zone is taken as UTC."""
     return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
-def normal_origin(origin: str) -> str:
-    """An origin as browsers write it: in lower case, without the port that its scheme implies (RFC 6454)."""
-    return re.sub(r"\A(http://.*):80\Z|\A(https://.*):443\Z", r"\1\2", origin.lower())
 
 
 # ======================================================================================================================
@@ -318,11 +291,7 @@ class GatewayError(Exception):
     def __init__(self, code: Code, text: str) -> None:
         super().__init__(text)
         self.code = code
-
-    @property
-    def status(self) -> int:
-        """The HTTP status of an answer that says it."""
-        return int(self.code.value[0])
+        self.status: int = code.value[0]  # of an answer that says it
 
 
 class StartError(Exception):
@@ -347,18 +316,20 @@ DEVICE_ID_PATTERN = r"\A(?!\.\.?\Z)[A-Za-z0-9._-]{1,64}\Z"  # contract, section 
 DEVICE_ID_TITLE = "1 to 64 of A-Z a-z 0-9 . _ -, and neither . nor .."
 
 EVERY_TYPE = "*"  # contract, section 6: as a target every device online, in a row devices of several types
-DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50)]
-CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+DeviceType = Annotated[str, msgspec.Meta(min_length=1, max_length=50, title="a text of 1 to 50 characters")]
+CommandName = Annotated[str, msgspec.Meta(min_length=1, max_length=255, title="a text of 1 to 255 characters")]
+BOARD_TYPE_TITLE = "a text of 1 to 50 characters, but not `*`, which stands for every type"
+BoardType = Annotated[str, text_like(r"(?s)\A(?!\*\Z).{1,50}\Z", BOARD_TYPE_TITLE)]
 DeviceId = Annotated[str, text_like(DEVICE_ID_PATTERN, DEVICE_ID_TITLE)]
 DeviceIds = Annotated[list[DeviceId], msgspec.Meta(min_length=1, max_length=1000, title=f"1 to 1000 ids of {DEVICE_ID_TITLE}")]
-DATE_TIME = {"format": "date-time"}
-Moment = Annotated[datetime, msgspec.Meta(title="an ISO 8601 time such as 2026-01-24T10:30:45Z", extra_json_schema=DATE_TIME)]
+MOMENT_TITLE = "an ISO 8601 time such as 2026-01-24T10:30:45Z"
+Moment = Annotated[datetime, msgspec.Meta(title=MOMENT_TITLE, extra_json_schema={"format": "date-time"})]
 
 
 class BoardMessage(msgspec.Struct, tag_field="message_type", gc=False, kw_only=True):
     """What every message of a board may bear. The identity is the path's, the time the gateway's own."""
 
-    device_type: DeviceType | None = None
+    device_type: BoardType | None = None
 
 
 class Registration(BoardMessage, tag="registration"):
@@ -425,7 +396,6 @@ class CommandRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     wait: Annotated[float, msgspec.Meta(ge=0, le=60)] | None = None
 
 
-board_decoder = msgspec.json.Decoder(AnyBoardMessage)
 json_decoder = msgspec.json.Decoder()
 to_json: Callable[[object], Json] = msgspec.json.Encoder().encode
 raw = msgspec.Raw  # JSON, to be put as it is into something that is encoded later
@@ -434,29 +404,10 @@ AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 
 def decode_board_message(data: bytes) -> AnyBoardMessage:
     """Decode and validate one text frame of a board. Raises GatewayError."""
-    data = without_padding(data)
-    try:
-        data.decode()  # the decoder below doesn't look into keys that it skips
-        message: AnyBoardMessage = board_decoder.decode(data)
-        check_depth(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        message = convert_board_message(decode_json(data))  # once more, to say what is wrong
-    if message.device_type == EVERY_TYPE:
-        raise GatewayError(Code.INVALID_FIELD_VALUE, f"device_type is {EVERY_TYPE!r}: that stands for every type")
-    if isinstance(message, Registration):
-        extras = decode_json(data)
-        for key in ("message_type", "device_type", "device_id", "timestamp", "metadata"):
-            extras.pop(key, None)
-        if extras:
-            message.metadata = extras | (message.metadata or {})
-    return message
-
-
-def convert_board_message(values: Any) -> AnyBoardMessage:
-    """The message that decoded JSON is. Raises GatewayError."""
+    values = decode_json(without_padding(data))
     match values:
         case {"message_type": str(tag)} if tag in BOARD_MESSAGES:
-            return convert_fields(values, BOARD_MESSAGES[tag])  # type: ignore[return-value]
+            message: AnyBoardMessage = convert_fields(values, BOARD_MESSAGES[tag])  # type: ignore[assignment]
         case {"message_type": str(tag)}:
             known = ", ".join(BOARD_MESSAGES)
             raise GatewayError(Code.UNKNOWN_MESSAGE_TYPE, f"unknown message_type {tag[:64]!r}: it must be one of {known}")
@@ -466,6 +417,11 @@ def convert_board_message(values: Any) -> AnyBoardMessage:
             raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `message_type`")
         case _:
             raise GatewayError(Code.INVALID_MESSAGE, "not a JSON object")
+    if isinstance(message, Registration):
+        known_keys = ("message_type", "device_type", "device_id", "timestamp", "metadata")
+        if extras := {key: value for key, value in values.items() if key not in known_keys}:
+            message.metadata = extras | (message.metadata or {})
+    return message
 
 
 def decode_command(query: Mapping[str, Any], body: bytes) -> CommandRequest:
@@ -482,10 +438,9 @@ def decode_command(query: Mapping[str, Any], body: bytes) -> CommandRequest:
             content = {"payload": content}
         if not isinstance(content, dict):
             raise GatewayError(Code.INVALID_MESSAGE, "the body must be a JSON object")
-        content = {name: value for name, value in content.items() if value is not None or name not in fields}
-        if twice := sorted(fields.keys() & content.keys()):
+        if twice := sorted(name for name in fields.keys() & content.keys() if content[name] is not None):
             raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(twice)}: given in the query and in the body")
-        fields |= content
+        fields = content | fields
     if isinstance(fields.get("device_id"), str):
         fields["device_id"] = fields["device_id"].split(",")
     request = convert_fields(fields, CommandRequest)
@@ -499,40 +454,34 @@ def without_padding(data: bytes) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\0 \t\r\n")
 
 
+NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^]["{}]+', re.DOTALL)
+
+
+def depth_of(data: bytes) -> int:
+    """How deep JSON is nested; of what isn't that deep in any case, how many brackets it has, which is quicker."""
+    count = data.count(b"{") + data.count(b"[")
+    if count <= MAX_JSON_DEPTH:
+        return count
+    return max(itertools.accumulate(1 if byte in b"{[" else -1 for byte in NO_BRACKETS.sub(b"", data)))
+
+
 def decode_json(data: bytes, name: str = "the message") -> Any:
     """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting.
 
     Raises GatewayError, which says of `name` what is wrong.
     """
-    code = Code.INVALID_MESSAGE
+    code, problem = Code.INVALID_MESSAGE, f"is nested deeper than {MAX_JSON_DEPTH} levels"
     try:
         data.decode()
-        value = json_decoder.decode(data)
-        check_depth(data)
-        return value
+        if depth_of(data) <= MAX_JSON_DEPTH:
+            return json_decoder.decode(data)
     except UnicodeDecodeError as error:
         problem = f"is not valid UTF-8: byte 0x{data[error.start]:02x}"
     except msgspec.ValidationError:  # there is no other where any type is right
         code, problem = Code.INVALID_FIELD_VALUE, "has a number that is out of range"
     except msgspec.DecodeError:
         problem = f'is not valid JSON, such as {{"count": 5}}: {data[:40].decode(errors="replace")!r}'
-    except RecursionError:
-        problem = f"is nested deeper than {MAX_JSON_DEPTH} levels"
     raise GatewayError(code, f"{name} {problem}")
-
-
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-
-
-def check_depth(data: bytes) -> None:
-    """Raise RecursionError for JSON that is nested deeper than MAX_JSON_DEPTH."""
-    if data.count(b"{") + data.count(b"[") <= MAX_JSON_DEPTH:
-        return  # what every real message comes to, at a fraction of the price
-    depth = 0
-    for byte in _JSON_STRING.sub(b"", data):
-        depth += (byte in b"{[") - (byte in b"}]")
-        if depth > MAX_JSON_DEPTH:
-            raise RecursionError
 
 
 @functools.cache
@@ -541,35 +490,32 @@ def fields_of(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldI
     return {field.name: field for field in msgspec.structs.fields(kind)}
 
 
+JSON_TYPES: Mapping[str | None, Any] = {"integer": int | float, "number": int | float, "array": list, "object": dict}
+
+
 def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct], within: str = "") -> AnyStruct:
     """A struct of values that are decoded already. Raises GatewayError, which names a field with what it is `within`."""
-    with contextlib.suppress(msgspec.ValidationError):
+    try:
         return msgspec.convert(values, kind)
-    known = fields_of(kind)
+    except msgspec.ValidationError:
+        known = fields_of(kind)
     if kind.__struct_config__.forbid_unknown_fields and (unknown := values.keys() - known.keys()):
         name = within + min(unknown)[:64]
         raise GatewayError(Code.INVALID_FIELD_VALUE, f"unknown {name!r}; known here: {', '.join(known) or 'nothing'}")
     for name, field in known.items():
-        if name in values:
-            check_field(values[name], within + name, field.type)
-        elif field.required:
+        value = values.get(name, field.default)
+        if value is msgspec.NODEFAULT:
             raise GatewayError(Code.MISSING_REQUIRED_FIELD, f"missing required field `{within}{name}`")
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError:
+            if Deadman in get_args(field.type) and isinstance(value, dict):
+                convert_fields(value, Deadman, f"{name}.")
+            json_type = JSON_TYPES.get(schema_of(field.type).get("type"), str)
+            is_of_type = isinstance(value, json_type) and not isinstance(value, bool)
+            code = Code.INVALID_FIELD_VALUE if is_of_type else Code.INVALID_FIELD_TYPE
+            raise GatewayError(code, wrong_value(within + name, value, field.type)) from None
     raise AssertionError(f"each field is right, and {kind.__name__} is not")
-
-
-JSON_TYPES: Mapping[str | None, Any] = {"integer": int | float, "number": int | float, "array": list, "object": dict}
-
-
-def check_field(value: object, name: str, kind: Any) -> None:
-    """Raise GatewayError where a value can't be of a field's type."""
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError:
-        if Deadman in get_args(kind) and isinstance(value, dict):
-            convert_fields(value, Deadman, f"{name}.")
-        is_of_type = isinstance(value, JSON_TYPES.get(schema_of(kind).get("type"), str)) and not isinstance(value, bool)
-        code = Code.INVALID_FIELD_VALUE if is_of_type else Code.INVALID_FIELD_TYPE
-        raise GatewayError(code, wrong_value(name, value, kind)) from None
 
 
 def utc_now() -> datetime:
@@ -3845,7 +3791,7 @@ class NoQuery(msgspec.Struct, forbid_unknown_fields=True):
     """No parameters."""
 
 
-class DevicesQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class DevicesQuery(NoQuery):
     """`GET /devices`."""
 
     device_type: str | None = None
@@ -3856,7 +3802,7 @@ EventName = Literal["device", "state", "command", "alert"]
 EventNames = Annotated[list[EventName], msgspec.Meta(title="device, state, command, alert, or several with commas between")]
 
 
-class ListenQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ListenQuery(NoQuery):
     """`GET /events`."""
 
     device_id: DeviceIds | None = None
@@ -3871,12 +3817,11 @@ LIMIT_TITLE = f"a whole number from 1 to {MAX_ROWS['json']}, or with format=csv 
 Limit = Annotated[int, msgspec.Meta(ge=1, title=LIMIT_TITLE, extra_json_schema={"maximum": MAX_ROWS["json"]})]
 
 
-class HistoryQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What every history takes."""
+class HistoryQuery(NoQuery):
+    """`GET /state-history/{device_id}`, and what every history takes."""
 
-    table: ClassVar[TableName]
-    rows_name: ClassVar[str]  # in the answer
-    key: ClassVar[str] = "id"  # what `before_id` names
+    table: ClassVar[TableName] = "device_state_snapshots"
+    rows_name: ClassVar[str] = "states"  # in the answer
 
     limit: Limit = 100
     since: Moment | None = None
@@ -3885,40 +3830,30 @@ class HistoryQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     format: Literal["json", "csv", "excel"] = "json"
 
     def __post_init__(self) -> None:
-        """Raise GatewayError for more rows than the format may have."""
         if self.limit > MAX_ROWS[self.format]:
             raise GatewayError(Code.INVALID_FIELD_VALUE, wrong_value("limit", self.limit, Limit))
 
     def filters(self, last: Row | None = None) -> dict[str, Any]:
         """The rows that are wanted, behind `last` where that is known, in the words of Store's `history`."""
-        before = self.before_id if last is None else last[self.key]
-        own = (name for name in self.__struct_fields__ if name not in HistoryQuery.__struct_fields__)
-        equal = {name: value for name in own if (value := getattr(self, name)) is not None}
-        return {"since": stored_time(self.since), "until": stored_time(self.until), "before": before, **equal}
+        before = self.before_id if last is None else last[next(iter(COLUMNS[self.table]))]
+        own = {name: value for name in ("event", "status", "device_type") if (value := getattr(self, name, None)) is not None}
+        return {"since": stored_time(self.since), "until": stored_time(self.until), "before": before, **own}
 
 
-class StateHistoryQuery(HistoryQuery, kw_only=True):
-    """`GET /state-history/{device_id}`."""
-
-    table: ClassVar[TableName] = "device_state_snapshots"
-    rows_name = "states"
-
-
-class ConnectionHistoryQuery(HistoryQuery, kw_only=True):
+class ConnectionHistoryQuery(HistoryQuery):
     """`GET /device-connection-history/{device_id}`."""
 
-    table: ClassVar[TableName] = "device_connection_logs"
+    table = "device_connection_logs"
     rows_name = "events"
 
     event: Literal["connected", "disconnected", "timeout"] | None = None
 
 
-class CommandLogsQuery(HistoryQuery, kw_only=True):
+class CommandLogsQuery(HistoryQuery):
     """`GET /command-logs`."""
 
-    table: ClassVar[TableName] = "command_logs"
+    table = "command_logs"
     rows_name = "logs"
-    key = "command_id"
 
     before_id: CommandName | None = None  # type: ignore[assignment] # commands have ids of letters
     status: Literal["created", "sent", "ack_success", "ack_error", "ack_timeout", "no_devices"] | None = None
@@ -3928,12 +3863,9 @@ class CommandLogsQuery(HistoryQuery, kw_only=True):
 def query_values(request: web.Request, kind: type[msgspec.Struct]) -> dict[str, Any]:
     """The query's parameters as values for a type. Raises GatewayError for one that is given twice."""
     known = fields_of(kind)
-    values: dict[str, Any] = {}
-    for name, text in request.query.items():
-        if name in values:
-            raise GatewayError(Code.INVALID_FIELD_VALUE, f"query parameter {name[:64]!r} is given more than once")
-        values[name] = from_text(text, known[name].type) if name in known else text
-    return values
+    if twice := [name for name in request.query if len(request.query.getall(name)) > 1]:
+        raise GatewayError(Code.INVALID_FIELD_VALUE, f"query parameter {twice[0][:64]!r} is given more than once")
+    return {name: from_text(text, known[name].type) if name in known else text for name, text in request.query.items()}
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -3953,81 +3885,47 @@ async def read_body(request: web.Request) -> bytes:
 
 # -- what they get -----------------------------------------------------------------------------------------------------
 
-STREAM_BYTES = 16 << 10  # of an answer that is made as it is taken; about a millisecond of encoding
+PIECE_BYTES = 16 << 10  # of an answer that is made as it is taken; about a millisecond of encoding
 MORE = "X-AMHRPD-More"  # the header of a history that has more rows than were asked for
 CSV_PAGE_ROWS = 1000  # contract, section 6: as many are in memory at a time, and decide on the columns
 MAX_STATE_COLUMNS = 1000  # boards may use as many keys as they like; more are in `other`
 
 
-def json_response(content: object, status: int = 200) -> web.Response:
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """JSON, with a line end for those who read it in a shell."""
-    return web.Response(body=to_json(content) + b"\n", status=status, content_type="application/json")
+    return web.Response(body=to_json(content) + b"\n", status=status, content_type="application/json", headers=headers)
 
 
-async def stream(
-    request: web.Request, response: web.StreamResponse, parts: AsyncIterator[bytes], part_bytes: int = STREAM_BYTES
-) -> web.StreamResponse:
-    """Give an answer of any length, `part_bytes` at a time, as it is made and taken; others have their turn between.
-
-    One that is no longer says its length, which is what simple callers can read.
-    """
-    if request.method == "HEAD":
-        return response
-    waiting = bytearray()
+async def in_pieces(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """An answer of any length, PIECE_BYTES at a time, as it is made and taken; others have their turn between."""
+    piece = bytearray()
     async for part in parts:
-        waiting += part
-        if len(waiting) >= part_bytes:
-            await response.prepare(request)
-            await response.write(bytes(waiting))
-            waiting.clear()
+        piece += part
+        if len(piece) >= PIECE_BYTES:
+            yield bytes(piece)
+            piece.clear()
             await asyncio.sleep(0)
-    if not response.prepared:
-        response.content_length = len(waiting)
-        await response.prepare(request)
-    await response.write_eof(bytes(waiting))
-    return response
+    yield bytes(piece)
 
 
-async def json_list(head: Row, name: str, items: Collection[Any], encode: Callable[[Any], bytes]) -> AsyncIterator[bytes]:
-    """JSON that ends with a list of any length, in parts: what it is of, how many items there are, and they under a name."""
-    yield to_json({**head, "total": len(items), name: []}).removesuffix(b"]}")
-    for number, item in enumerate(items):
-        yield (b"," if number else b"") + encode(item)
-        if number % 100 == 99:
-            await asyncio.sleep(0)
-    yield b"]}\n"
-
-
-ReadRows = Callable[..., Awaitable[list[Row]]]
-"""What gives up to `limit` rows that match filters, newest first; the first `offset` of them are left out."""
-
-
-async def csv_history(query: HistoryQuery, read: ReadRows, rows: list[Row]) -> AsyncIterator[bytes]:
-    """The rows that a query wants as CSV, in parts; `rows` are the first of them, and the others are read as it is taken."""
+async def csv_history(query: HistoryQuery, read: Callable[..., Awaitable[list[Row]]], rows: list[Row]) -> AsyncIterator[bytes]:
+    """The rows that a query wants as CSV, in parts; `rows` are the first of them, and the others are `read` as it is taken."""
     is_of_states, is_for_people = query.table == "device_state_snapshots", query.format == "excel"
-    header = state_columns(rows) if is_of_states else list(COLUMNS[query.table])
+    header = list(COLUMNS[query.table])
+    if is_of_states:
+        keys = dict.fromkeys(key for row in rows for key in state_of(row) if key not in ("timestamp", "other"))
+        header = ["timestamp", *itertools.islice(keys, MAX_STATE_COLUMNS), "other"]
     yield ("\ufeff" if is_for_people else "").encode() + csv_line(header)  # a mark by which spreadsheets know UTF-8
     left = query.limit
     while rows:
         for row in rows:
-            cells = state_cells(row, header) if is_of_states else [row[name] for name in header]
+            state = state_of(row) if is_of_states else {}
+            known = [state.pop(key, None) for key in header[1:-1]]
+            cells = [row["timestamp"], *known, state or None] if is_of_states else list(row.values())
             yield csv_line(cells, is_for_people=is_for_people)
         left -= len(rows)
         last, rows = rows[-1], []  # one page in memory at a time
         rows = await read(min(left, CSV_PAGE_ROWS), **query.filters(last)) if left else []
-
-
-def state_columns(rows: Iterable[Row]) -> list[str]:
-    """The columns of states: the top-level keys that these have, and `other` for what others have besides."""
-    keys = dict.fromkeys(key for row in rows for key in state_of(row))
-    return ["timestamp", *[key for key in keys if key not in ("timestamp", "other")][:MAX_STATE_COLUMNS], "other"]
-
-
-def state_cells(row: Row, header: Sequence[str]) -> list[Any]:
-    """A state's values in the header's order."""
-    state = state_of(row)
-    known = [state.pop(key, None) for key in header[1:-1]]
-    return [row["timestamp"], *known, state or None]
 
 
 def state_of(snapshot: Row) -> dict[str, Any]:
@@ -4085,7 +3983,7 @@ def error_of(request: web.BaseRequest, problem: BaseException | None) -> Gateway
 def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Counter[str]) -> web.Response:
     """The answer for what went wrong, in the one shape that every error has; counted, logged where somebody will ask why.
 
-    Raises ConnectionError where an answer is under way: that is cut off, so that the caller sees that this isn't all.
+    Raises ConnectionError where an answer is under way: aiohttp then cuts it off, so that the caller sees that this isn't all.
     """
     error = error_of(request, problem)
     refused[error.code.name] += 1
@@ -4095,9 +3993,6 @@ def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Cou
     if problem is not None:
         problem.__traceback__ = None  # whose frames hold the problem: it would keep the request until a full collection
     if request.writer.output_size > 0:
-        if request.transport is not None and not request.transport.is_closing():
-            log.warning("answer_cut_off", peer=peer_of(request), path=request.path, error=str(error))
-            request.transport.abort()
         raise ConnectionError("the answer was under way")
     response = json_response({"error": str(error), "error_code": error.code.name}, error.status)
     if isinstance(problem, web.HTTPMethodNotAllowed):
@@ -4140,17 +4035,18 @@ class HttpConnection(web.RequestHandler):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
         read_at_once(transport, READ_BYTES)
 
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
+    def handle_error(self, request: web.BaseRequest, status: int = 500, exc: Any = None, message: Any = None) -> web.Response:
         """What aiohttp calls for what never reaches a route: requests that can't be parsed, and defects."""
         response = refuse(request, exc, self._gateway.refused)
         response.force_close()
         return response
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        """What aiohttp calls for defects, and for a body that breaks off while it is thrown away, which is none."""
-        if self.transport is not None and not isinstance(kwargs.get("exc_info"), BROKEN_OFF):
+        """What aiohttp calls for defects, for an answer that can't go on and is cut off, and for a body that breaks off."""
+        error = kwargs.get("exc_info")
+        if isinstance(error, GatewayError):
+            log.warning("answer_cut_off", problem=str(error))
+        elif self.transport is not None and not isinstance(error, BROKEN_OFF):
             super().log_exception(*args, **kwargs)
 
 
@@ -4158,9 +4054,7 @@ class HttpConnection(web.RequestHandler):
 
 # Whoever owns a public name can point it at the gateway's address, and a browser then calls this its own origin. Names
 # that nobody outside can own are safe: addresses, single labels, and the private top-level domains (RFC 6762, RFC 8375).
-PRIVATE_HOST = re.compile(
-    r"(?i)(\[[0-9a-f:.]+\]|[0-9.]+|[^.:]*\.?|.*\.(local|localhost|home\.arpa|internal|lan|home)\.?)(:[0-9]*)?"
-)
+PRIVATE_HOST = re.compile(r"(?i)(\[[0-9a-f:.]+\]|[0-9.]+|[^.:]*\.?|.*\.(local(host)?|home(\.arpa)?|internal|lan)\.?)(:[0-9]*)?")
 
 # What a browser asks before it lets a page of an allowed origin call with JSON or a token (the Fetch standard's CORS).
 PREFLIGHT_HEADERS = {
@@ -4170,24 +4064,24 @@ PREFLIGHT_HEADERS = {
 }
 
 
-Access = Literal["api_token", "device_token"]
-"""The setting with the token that a route wants, where it is set."""
+def normal_origin(origin: str) -> str:
+    """An origin as browsers write it: in lower case, without the port that its scheme implies (RFC 6454)."""
+    return re.sub(r"\A(http://.*):80\Z|\A(https://.*):443\Z", r"\1\2", origin.lower())
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """One line of the table of routes. The handler returns what is to be JSON, or a response of its own."""
 
     method: str
     path: str
     handler: Callable[[web.Request, Any], Awaitable[object]]
     query: type[msgspec.Struct] | None = NoQuery  # None: the handler looks at it
-    answer: str = ""  # for OpenAPI: one of ANSWERS, or a content type; the others are for people and boards
+    answer: type[msgspec.Struct] | str = ""  # for OpenAPI: of JSON, or a content type; without it for people and boards
     body: type[msgspec.Struct] | None = None  # for OpenAPI
-    access: Access | None = "api_token"
+    access: str | None = "api_token"  # the setting with the token that it wants, where one is set
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """What aiohttp calls with a request that Guard let in."""
+        """What aiohttp calls with a request that `RestApi.admit` let in."""
         try:
             query = None if self.query is None else convert_fields(query_values(request, self.query), self.query)
         except GatewayError as error:
@@ -4202,7 +4096,7 @@ class Route:
             yield from (plain, plain + "/") if plain else ("/",)
 
 
-def shows_token(request: web.Request, settings: Settings, access: Access) -> bool:
+def shows_token(request: web.Request, settings: Settings, access: str) -> bool:
     """Whether the request bears the token, in one of the forms of the contract's section 1, or none is set."""
     token: str | None = getattr(settings, access)
     if token is None:
@@ -4210,120 +4104,47 @@ def shows_token(request: web.Request, settings: Settings, access: Access) -> boo
     authorization = request.headers.get("Authorization", "").strip()
     scheme, _, value = authorization.partition(" ")
     shown = authorization or (request.query.get("token", "") if access == "device_token" else "")
-    match scheme.lower():
-        case "bearer":
-            shown = value.strip()
-        case "basic":
-            with contextlib.suppress(ValueError):
-                shown = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+    if scheme.lower() == "bearer":
+        shown = value.strip()
+    elif scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            shown = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
     return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
-
-
-class Guard:
-    """Lets requests in or not, and gives every error its one shape."""
-
-    def __init__(self, settings: Settings, routes: Iterable[Route], refused: Counter[str]) -> None:
-        """What it refuses is counted in `refused`, by code."""
-        self._settings = settings
-        self._origins = settings.origins
-        self._access = {path: route.access for route in routes for path in route.paths()}
-        self._refused = refused
-
-    @web.middleware
-    async def admit(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        """Serve a request that may come in; all of them pass here, those that have no route, too."""
-        resource = request.match_info.route.resource
-        access: Access | None = "api_token" if resource is None else self._access[resource.canonical]
-        try:
-            if isinstance(no_route := request.match_info.http_exception, web.HTTPNotFound):
-                raise no_route  # a board with a wrong path is told that, whatever its origin
-            self._check_origin(request, access)
-            is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-            if is_preflight and self._is_from_allowed_page(request):
-                return web.Response(status=204, headers=PREFLIGHT_HEADERS)
-            if access is not None and not shows_token(request, self._settings, access):
-                how = "send `Authorization: Bearer <token>`, or the token as a Basic password"
-                text = f"a token is required: {how}; the gateway has it from {variable_of(access)}"
-                raise GatewayError(Code.UNAUTHORIZED, text)
-            response = await handler(request)
-        except (GatewayError, web.HTTPException, ConnectionError) as problem:
-            response = refuse(request, problem, self._refused)
-        if "Upgrade" in request.headers and not response.prepared:
-            response.force_close()  # a refused board says more, which is no request (contract, section 1)
-        return response
-
-    async def dress(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Give every answer, before its head goes out, the headers that it needs."""
-        if self._is_from_allowed_page(request):
-            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
-            response.headers["Vary"] = "Origin"
-
-    def _check_origin(self, request: web.Request, access: Access | None) -> None:
-        """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
-        headers = request.headers
-        origin, host = headers.get("Origin"), headers.get("Host", "")
-        if access == "device_token" and origin in (None, "file://"):
-            return  # every board in the field says so, whatever host was compiled in (contract, section 1)
-        if self._is_from_allowed_page(request):
-            return
-        authorities = {normal_origin(f"{scheme}://{host}") for scheme in ("http", "https")}
-        can_allow_it = "AMHRPD_ALLOWED_ORIGINS can allow it"
-        if not PRIVATE_HOST.fullmatch(host) and not authorities & self._origins:
-            raise GatewayError(Code.FORBIDDEN, f"the host {host[:100]!r} is not known here; {can_allow_it}")
-        if origin is not None and normal_origin(origin) not in authorities:
-            raise GatewayError(Code.FORBIDDEN, f"the origin {origin[:100]!r} is not allowed here; {can_allow_it}")
-
-    def _is_from_allowed_page(self, request: web.Request) -> bool:
-        return normal_origin(request.headers.get("Origin", "")) in self._origins
 
 
 # -- figures for Prometheus --------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
-class Metrics:
+class Metrics(NamedTuple):
     """What `GET /metrics` shows, from plain numbers when it is asked for. Every label that is known is there from the start."""
 
     gateway: Gateway
     store: Store
 
-    OF_HEALTH: ClassVar = (
-        "devices_online",
-        "open_commands",
-        "uptime_seconds",
-        "database_bytes",
-        "disk_free_bytes",
-        "rows_waiting",
-    )
-
     def collect(self) -> Iterator[prometheus.Metric]:
         """What prometheus_client calls for an answer."""
         gateway, health = self.gateway, self.gateway.health()
+        ends = (NO_DEVICES, ACK_SUCCESS, ACK_ERROR, ACK_TIMEOUT)
+        counts: Mapping[tuple[str, str], Mapping[str, float]] = {
+            **{(f"amhrpd_{name}", ""): {"": health.pop(name)} for name in ("rows_dropped", "rows_rejected")},
+            ("amhrpd_messages", "type"): {tag: gateway.messages[kind] for tag, kind in BOARD_MESSAGES.items()},
+            ("amhrpd_refusals", "code"): {code.name: gateway.refused[code.name] for code in Code},
+            ("amhrpd_commands", "status"): {end: gateway.dispatch.ended[end] for end in ends},
+            ("process_cpu_seconds", ""): {"": time.process_time()},
+        }
         # prometheus_client's own collector shows the process only where it may read /proc/stat, which amhrpd.service hides.
-        usage, page_bytes = resource.getrusage(resource.RUSAGE_SELF), resource.getpagesize()
         pages, resident_pages, *_ = map(int, Path("/proc/self/statm").read_text().split())
-        gauges = {f"amhrpd_{name}": health[name] for name in self.OF_HEALTH if name in health} | {
+        gauges = {
             "amhrpd_database_ok": health["status"] == "ok",
-            "amhrpd_devices_known": len(gateway.registry),
+            "amhrpd_devices_known": health.pop("devices_total"),
             "amhrpd_connections": len(gateway.connections),
-            "process_resident_memory_bytes": resident_pages * page_bytes,
-            "process_virtual_memory_bytes": pages * page_bytes,
+            "process_resident_memory_bytes": resident_pages * resource.getpagesize(),
+            "process_virtual_memory_bytes": pages * resource.getpagesize(),
             "process_open_fds": sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            **{f"amhrpd_{name}": value for name, value in health.items() if isinstance(value, int | float)},
         }
         for name, value in gauges.items():
             yield prometheus.GaugeMetricFamily(name, name.replace("_", " "), float(value))
-        counts: Mapping[tuple[str, str], Mapping[str, float]] = {
-            ("amhrpd_rows_dropped", ""): {"": health["rows_dropped"]},
-            ("amhrpd_rows_rejected", ""): {"": health["rows_rejected"]},
-            ("amhrpd_messages", "type"): {tag: gateway.messages[kind] for tag, kind in BOARD_MESSAGES.items()},
-            ("amhrpd_refusals", "code"): {code.name: gateway.refused[code.name] for code in Code},
-            ("amhrpd_commands", "status"): {
-                end: gateway.dispatch.ended[end] for end in (NO_DEVICES, ACK_SUCCESS, ACK_ERROR, ACK_TIMEOUT)
-            },
-            ("process_cpu_seconds", ""): {"": usage.ru_utime + usage.ru_stime},
-        }
         for (name, label), by_label in counts.items():
             family = prometheus.CounterMetricFamily(name, name.replace("_", " "), labels=[label] if label else [])
             for key, count in by_label.items():
@@ -4336,59 +4157,48 @@ class Metrics:
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 
-TEXT, COUNT = {"type": "string"}, {"type": "integer"}
-TIME = {"type": ["string", "null"]}
+def answer(name: str, keys: Mapping[str, Any], sometimes: Mapping[str, Any] = {}) -> Any:
+    """The type of an answer, for OpenAPI: the types of the keys that are always there, and of those that may be."""
+    optional = [(key, kind | msgspec.UnsetType, msgspec.UNSET) for key, kind in sometimes.items()]
+    return msgspec.defstruct(name, [*keys.items(), *optional])
 
 
-def ref(name: str) -> Row:
-    """Where OpenAPI has the schema of a name."""
-    return {"$ref": f"#/components/schemas/{name}"}
+def columns_of(table: TableName) -> dict[str, Any]:
+    """The types of a table's columns in answers."""
+    kinds: Mapping[str, Any] = {"JSON": Any, "INTEGER": int | None, "BOOLEAN": bool | None}
+    return {column: kinds.get(kind, str | None) for column, kind in COLUMNS[table].items()}
 
 
-def object_with(always: Row, sometimes: Row | None = None) -> Row:
-    """The schema of an answer: keys with their schemas, those that are always there and those that may be."""
-    return {"type": "object", "properties": always | (sometimes or {}), "required": list(always)}
+REFERENCE = "#/components/schemas/{name}"
+ERROR = answer("Error", {"error": str, "error_code": Literal[tuple(code.name for code in Code)]})
+HEALTH = answer("Health", {"status": Literal["ok", "degraded"]})
+DEVICE_KEYS = {"metadata": Any, "state": Any, "state_timestamp": str | None, "alert": Any, "deadman_at": str | None}
+DEVICE: Any = answer("Device", columns_of("devices") | DEVICE_KEYS)
+DEVICES = answer("Devices", {"total": int, "devices": list[DEVICE]})
+DELETED = answer("Deleted", {"device_id": str, "deleted": dict[str, int]})
+COMMAND_TEXTS = dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), str)
+COMMAND_KEYS = COMMAND_TEXTS | {"payload": dict[str, Any], "target_device_count": int, "success_count": int}
+COMMAND_EXTRAS = {"response_data": dict[str, Any] | None, "deadman": Deadman, "detail": str, "persisted": bool}
+COMMAND = answer("Command", COMMAND_KEYS, sometimes=COMMAND_EXTRAS)
+STATE: Any = answer("State", columns_of("device_state_snapshots"))
+STATE_HISTORY = answer("StateHistory", {"device_id": str, "total": int, "states": list[STATE]})
+EVENT: Any = answer("ConnectionEvent", columns_of("device_connection_logs"))
+CONNECTION_HISTORY = answer("ConnectionHistory", {"device_id": str, "total": int, "events": list[EVENT]})
+COMMAND_LOG: Any = answer("CommandLog", columns_of("command_logs"))
+COMMAND_LOGS = answer("CommandLogs", {"total": int, "logs": list[COMMAND_LOG]})
 
 
-def columns_of(table: TableName) -> Row:
-    """A table's columns with their schemas in answers."""
-    schemas: Mapping[str, Row] = {
-        "JSON": {},
-        "INTEGER": {"type": ["integer", "null"]},
-        "BOOLEAN": {"type": ["boolean", "null"]},
-    }
-    return {column: schemas.get(kind, TIME) for column, kind in COLUMNS[table].items()}
-
-
-ANSWERS: Mapping[str, Row] = {
-    "Error": object_with({"error": TEXT, "error_code": {"enum": [code.name for code in Code]}}),
-    "Health": object_with({"status": {"enum": ["ok", "degraded"]}}),
-    "Device": object_with(
-        columns_of("devices") | {"metadata": {}, "state": {}, "state_timestamp": TIME, "alert": {}, "deadman_at": TIME}
-    ),
-    "Devices": object_with({"total": COUNT, "devices": {"type": "array", "items": ref("Device")}}),
-    "Deleted": object_with({"device_id": TEXT, "deleted": {"type": "object", "additionalProperties": COUNT}}),
-    "Command": object_with(
-        dict.fromkeys(("command_id", "device_type", "command_name", "status", "created_at"), TEXT)
-        | {"payload": {"type": "object"}, "target_device_count": COUNT, "success_count": COUNT},
-        {"response_data": {}, "deadman": ref("Deadman"), "detail": TEXT, "persisted": {"type": "boolean"}},
-    ),
-    "State": object_with(columns_of("device_state_snapshots")),
-    "StateHistory": object_with({"device_id": TEXT, "total": COUNT, "states": {"type": "array", "items": ref("State")}}),
-    "ConnectionEvent": object_with(columns_of("device_connection_logs")),
-    "ConnectionHistory": object_with(
-        {"device_id": TEXT, "total": COUNT, "events": {"type": "array", "items": ref("ConnectionEvent")}}
-    ),
-    "CommandLog": object_with(columns_of("command_logs")),
-    "CommandLogs": object_with({"total": COUNT, "logs": {"type": "array", "items": ref("CommandLog")}}),
-}
+def content_of(kind: Any) -> Row:
+    """What OpenAPI says of a body: of which type its JSON is, or its content type."""
+    is_json = not isinstance(kind, str)
+    return {"application/json": {"schema": {"$ref": REFERENCE.format(name=kind.__name__)}}} if is_json else {kind: {}}
 
 
 def openapi(table: Iterable[Route]) -> msgspec.Raw:
     """The routes that have an answer, as OpenAPI 3.1."""
     routes = [route for route in table if route.answer]
-    kinds = [kind for route in routes for kind in (route.query, route.body) if kind is not None]
-    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    kinds = [kind for route in routes for kind in (route.query, route.body, route.answer) if isinstance(kind, type)]
+    _, schemas = msgspec.json.schema_components([ERROR, *kinds], ref_template=REFERENCE)
     request = schemas["CommandRequest"]
     one_or_several = request["properties"]["device_id"]["anyOf"]
     one_or_several.append(one_or_several[0]["items"])
@@ -4404,34 +4214,29 @@ def openapi(table: Iterable[Route]) -> msgspec.Raw:
         "info": {"title": "AMHR-PD gateway", "version": VERSION},
         "paths": paths,
         "security": [{}, {"bearer": []}, {"basic": []}],
-        "components": {"schemas": {**schemas, **ANSWERS}, "securitySchemes": schemes},
+        "components": {"schemas": schemas, "securitySchemes": schemes},
     }
     return raw(to_json(document).replace(rb"\\A", b"^").replace(rb"\\Z", b"$"))  # JSON Schema's patterns are JavaScript's
 
 
 def operation(route: Route, schemas: Mapping[str, Any]) -> Row:
     """What OpenAPI says of one route."""
-
-    def content_of(name: str) -> Row:
-        return {name: {}} if "/" in name else {"application/json": {"schema": ref(name)}}
-
     names = re.findall(r"{(\w+)}", route.path)
-    parameters = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in names]
-    if route.query is not None:
-        for name, schema in schemas[route.query.__name__]["properties"].items():
-            # In a query nothing is null: that is what is left out. Lists have commas.
-            parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], "explode": False})
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    for name, schema in (schemas[route.query.__name__]["properties"] if route.query else {}).items():
+        # In a query nothing is null: that is what is left out. Lists have commas.
+        parameters.append({"name": name, "in": "query", "schema": schema.get("anyOf", [schema])[0], "explode": False})
     done: Row = {"description": "done", "content": content_of(route.answer)}
-    if route.query is not None and issubclass(route.query, HistoryQuery):
+    if issubclass(route.query or NoQuery, HistoryQuery):
         done["content"]["text/csv"] = {}
         done["headers"] = {MORE: {"description": "true: there are more rows", "schema": {"const": "true"}}}
-    refused = {"description": "refused", "content": content_of("Error")}
+    refused = {"description": "refused", "content": content_of(ERROR)}
     responses = {"200": done, "4XX": refused, "5XX": refused}
-    if route.answer == "Health":
-        responses["503"] = {"description": "the database can't be written", "content": content_of("Health")}
+    if route.answer is HEALTH:
+        responses["503"] = {"description": "the database can't be written", "content": content_of(HEALTH)}
     said: Row = {"parameters": parameters, "responses": responses}
     if route.body is not None:
-        said["requestBody"] = {"required": True, "content": content_of(route.body.__name__)}
+        said["requestBody"] = {"required": True, "content": content_of(route.body)}
     return said
 
 
@@ -4439,43 +4244,92 @@ def operation(route: Route, schemas: Mapping[str, Any]) -> Row:
 
 
 class RestApi:
-    """The routes of the contract's section 6. Handlers look up and answer; see Route, and Guard for access and errors."""
+    """The routes of the contract's section 6, who may use them, and the one shape of errors. Handlers look up and answer."""
 
     def __init__(self, settings: Settings, gateway: Gateway, store: Store) -> None:
         self._settings = settings
         self._gateway = gateway
         self._store = store
-        self._page = PAGE.encode()  # once: the library keeps an answer until the next one
-        self._page_headers = page_headers(PAGE)
         gateway.metrics.register(Metrics(gateway, store))
         self.routes = (
             Route("GET", "/", self.page),
             Route("GET", "/ws/{device_id}", self.serve_device, query=None, access="device_token"),
-            Route("GET", "/health", self.health, answer="Health", access=None),
+            Route("GET", "/health", self.health, answer=HEALTH, access=None),
             Route("GET", "/events", self.events, ListenQuery, "text/event-stream"),
-            Route("GET", "/devices", self.devices, DevicesQuery, "Devices"),
-            Route("GET", "/devices/{device_id}", self.device, NoQuery, "Device"),
-            Route("DELETE", "/devices/{device_id}", self.delete_device, NoQuery, "Deleted"),
-            Route("POST", "/command", self.command, None, "Command", body=CommandRequest),
-            Route("GET", "/state-history/{device_id}", self.history, StateHistoryQuery, "StateHistory"),
-            Route("GET", "/command-logs", self.history, CommandLogsQuery, "CommandLogs"),
-            Route("GET", "/command-logs/{command_id}", self.command_log, NoQuery, "CommandLog"),
-            Route("GET", "/device-connection-history/{device_id}", self.history, ConnectionHistoryQuery, "ConnectionHistory"),
+            Route("GET", "/devices", self.devices, DevicesQuery, DEVICES),
+            Route("GET", "/devices/{device_id}", self.device, NoQuery, DEVICE),
+            Route("DELETE", "/devices/{device_id}", self.delete_device, NoQuery, DELETED),
+            Route("POST", "/command", self.command, None, COMMAND, body=CommandRequest),
+            Route("GET", "/state-history/{device_id}", self.history, HistoryQuery, STATE_HISTORY),
+            Route("GET", "/command-logs", self.history, CommandLogsQuery, COMMAND_LOGS),
+            Route("GET", "/command-logs/{command_id}", self.command_log, NoQuery, COMMAND_LOG),
+            Route("GET", "/device-connection-history/{device_id}", self.history, ConnectionHistoryQuery, CONNECTION_HISTORY),
             Route("GET", "/metrics", self.metrics, NoQuery, "text/plain"),
             Route("GET", "/openapi.json", self.openapi, NoQuery, "application/json"),
         )
+        origins = filter(None, map(str.strip, settings.allowed_origins.split(",")))
+        self._origins = {normal_origin(origin.rstrip("/")) for origin in origins}
+        self._access = {path: route.access for route in self.routes for path in route.paths()}
 
     def serve_in(self, app: web.Application) -> None:
-        """Have an application serve the routes, each request through a Guard."""
-        guard = Guard(self._settings, self.routes, self._gateway.refused)
-        app.middlewares.append(guard.admit)
-        app.on_response_prepare.append(guard.dress)
+        """Have an application serve the routes."""
+        app.middlewares.append(self.admit)
+        app.on_response_prepare.append(self.dress)
         for route in self.routes:
             app.add_routes(web.route(route.method, path, route.serve) for path in route.paths())
 
+    # -- who gets in ---------------------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Serve a request that may come in; all of them pass here, those that have no route, too."""
+        resource = request.match_info.route.resource
+        access = "api_token" if resource is None else self._access[resource.canonical]
+        try:
+            if isinstance(no_route := request.match_info.http_exception, web.HTTPNotFound):
+                raise no_route  # a board with a wrong path is told that, whatever its origin
+            self._check_origin(request, access)
+            is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+            if is_preflight and self._is_from_allowed_page(request):
+                return web.Response(status=204, headers=PREFLIGHT_HEADERS)
+            if access is not None and not shows_token(request, self._settings, access):
+                how = "send `Authorization: Bearer <token>`, or the token as a Basic password"
+                text = f"a token is required: {how}; the gateway has it from {variable_of(access)}"
+                raise GatewayError(Code.UNAUTHORIZED, text)
+            response = await handler(request)
+        except (GatewayError, web.HTTPException, ConnectionError) as problem:
+            response = refuse(request, problem, self._gateway.refused)
+        if "Upgrade" in request.headers and not response.prepared:
+            response.force_close()  # a refused board says more, which is no request (contract, section 1)
+        return response
+
+    async def dress(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Give every answer, before its head goes out, the headers that it needs."""
+        if self._is_from_allowed_page(request):
+            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+            response.headers["Vary"] = "Origin"
+
+    def _check_origin(self, request: web.Request, access: str | None) -> None:
+        """Raise FORBIDDEN for what a browser sends on behalf of a web page that isn't ours."""
+        origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
+        # Every board in the field says file://, whatever host was compiled in (contract, section 1).
+        if self._is_from_allowed_page(request) or (access == "device_token" and origin in (None, "file://")):
+            return
+        authorities = {normal_origin(f"{scheme}://{host}") for scheme in ("http", "https")}
+        can_allow_it = "AMHRPD_ALLOWED_ORIGINS can allow it"
+        if not PRIVATE_HOST.fullmatch(host) and not authorities & self._origins:
+            raise GatewayError(Code.FORBIDDEN, f"the host {host[:100]!r} is not known here; {can_allow_it}")
+        if origin is not None and normal_origin(origin) not in authorities:
+            raise GatewayError(Code.FORBIDDEN, f"the origin {origin[:100]!r} is not allowed here; {can_allow_it}")
+
+    def _is_from_allowed_page(self, request: web.Request) -> bool:
+        return normal_origin(request.headers.get("Origin", "")) in self._origins
+
+    # -- handlers ------------------------------------------------------------------------------------------------------
+
     async def page(self, request: web.Request, query: NoQuery) -> object:
         """`GET /`."""
-        return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=self._page_headers)
+        return web.Response(text=PAGE, content_type="text/html", headers=page_headers(PAGE))
 
     async def serve_device(self, request: web.Request, query: None) -> object:
         """`GET /ws/{device_id}`: a board connects."""
@@ -4502,17 +4356,22 @@ class RestApi:
         with events.listening(listener):
             async with sse_response(request, ping_interval=Events.SILENCE_S, send_timeout=UNREAD_TIMEOUT_S) as response:
                 last_event_id = response.last_event_id or query.last_event_id
-                happened = events.follow(listener, last_event_id, alive=query.alive is not None)
-                texts = (b"".join(event.text for event in some) async for some in happened)
-                return await stream(request, response, texts, part_bytes=1)
+                async for happened in events.follow(listener, last_event_id, alive=query.alive is not None):
+                    await response.write(b"".join(event.text for event in happened))
+                return response
 
     async def devices(self, request: web.Request, query: DevicesQuery) -> object:
         """`GET /devices`."""
         is_online = None if query.online is None else query.online == "true"
         devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
-        parts = json_list({}, "devices", devices, lambda device: to_json(device.record()))
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        return await stream(request, response, parts, Database.MAX_ANSWER_BYTES)
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield b'{"total":%d,"devices":[' % len(devices)
+            for number, device in enumerate(devices):
+                yield (b"," if number else b"") + to_json(device.record())
+            yield b"]}\n"
+
+        return web.Response(body=in_pieces(parts()), content_type="application/json")
 
     async def device(self, request: web.Request, query: NoQuery) -> object:
         """`GET /devices/{device_id}`."""
@@ -4539,20 +4398,16 @@ class RestApi:
         of: Row = dict(request.match_info)
         if of:
             await self._gateway.look_up(of["device_id"])
-        read: ReadRows = functools.partial(self._store.history, query.table, **of)
+        read: Callable[..., Awaitable[list[Row]]] = functools.partial(self._store.history, query.table, **of)
         rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
         to_come = 0 if query.format == "json" else query.limit - len(rows)
-        headers = {"Content-Type": "application/json"}
-        parts = json_list(of, query.rows_name, rows, to_json)
-        if query.format != "json":
-            name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
-            headers = {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
-            parts = csv_history(query, read, rows)
-        rows = rows[-1:]  # the parts have the others
-        if rows and await read(1, offset=to_come, **query.filters(rows[-1])):
-            headers[MORE] = "true"
-        part_bytes = Database.MAX_ANSWER_BYTES if query.format == "json" else STREAM_BYTES
-        return await stream(request, web.StreamResponse(headers=headers), parts, part_bytes)
+        has_more = rows and await read(1, offset=to_come, **query.filters(rows[-1]))
+        headers = {MORE: "true"} if has_more else {}
+        if query.format == "json":
+            return json_response({**of, "total": len(rows), query.rows_name: rows}, headers=headers)
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
+        headers |= {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
+        return web.Response(body=in_pieces(csv_history(query, read, rows)), headers=headers)
 
     async def _only_in_file(self, device_ids: Iterable[str]) -> dict[str, Device]:
         """Those of some devices that are known and not in memory. Raises STORE_UNAVAILABLE, soon: who sends a stop waits."""
