@@ -3293,7 +3293,6 @@ PAGE = r"""<!doctype html>
 }
 * { box-sizing: border-box; margin: 0; padding: 0; } body { word-break: break-word; overflow-wrap: anywhere; }
 [hidden], p:empty, output:empty { display: none !important; }
-:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; } h1 { outline: none; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; } ul { list-style: none; } a { color: var(--blue); }
 small, th, dt { color: var(--soft); font-weight: normal; }
 .good { color: var(--good); } .bad { color: var(--bad); } .odd { color: var(--odd); }
@@ -3359,12 +3358,14 @@ form { display: grid; gap: .6rem; margin: .6rem 0; } label { display: grid; gap:
     <div class="bar">
       <select id="range" aria-label="Range of the plots">
         <option value="0">1,000 states<option value="3600000">An hour<option value="86400000">A day</select>
-      <a id="table" class="button" download>Download a table (newest 100,000)</a><button id="delete">Delete …</button>
+      <a id="table" class="button" download>Download a table (newest 100,000)</a>
+      <button id="delete" title="Only a board that is offline can be deleted">Delete …</button>
     </div>
     <p id="unread-readings" role="status" class="odd"></p>
     <div id="plots" aria-live="off"></div>
-    <div class="panel"><h2>Connections</h2><p id="unread-connections" role="status" class="odd"></p>
-      <div class="wide"><table><thead><tr><th>When<th>What<th>Why<th>Lasted</thead><tbody id="history"></tbody></table></div></div>
+    <p id="unread-connections" role="status" class="odd"></p>
+    <div class="panel"><h2>Connections</h2><div class="wide"><table><thead><tr><th>When<th>What<th>Why<th>Lasted</thead>
+      <tbody id="history"></tbody></table></div></div>
     <div class="panel"><h2>Latest state, and what it says of itself</h2><pre id="record"></pre></div>
   </section>
   <details id="command" class="panel">
@@ -3388,7 +3389,7 @@ const SPARK_POINTS = 120, PLOT_POINTS = 1000, MAX_READINGS = 40, MAX_COMMANDS = 
 const AWAY_MS = 11000;  // the gateway's sign of life comes every 5 s: two of them are missed
 const order = new Intl.Collator(undefined, { numeric: true }).compare;
 const base = location.origin + location.pathname;  // a bookmark may have a token in its address, which fetch refuses
-const boards = new Map();
+const boards = new Map(), deviceOf = (id) => boards.get(id)?.device ?? {};
 let shown = null, skewMs = 0;  // the board that is shown in depth; how far the gateway's clock is ahead
 
 // -- what boards say goes into the page here, as text
@@ -3401,16 +3402,14 @@ function say(node, text, className = node.className) {
   if (node.textContent !== text) node.textContent = text;
   if (node.className !== className) node.className = className;
 }
-function draw(lines) {  // class -> path, in a square of 100 by 100 that is stretched
-  const create = (tag, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    return node;
-  };
-  const svg = create("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
-  svg.append(...Object.entries(lines).map(([name, d]) => create("path", { class: name, d })));
-  return svg;
+function makeShape(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
+const SQUARE = { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" };  // is stretched
+const draw = (...lines) => makeShape("svg", SQUARE, ...lines.map(([name, d]) => makeShape("path", { class: name, d })));
 
 // -- times, numbers, words
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
@@ -3431,10 +3430,8 @@ const typeWords = (type) => /^\s|\s\s|\s$/.test(type) ? JSON.stringify(type) : t
 const targetWords = ({ device_type: type, device_id: ids }) => type === "*" ? "all boards"
   : type ? `every ${typeWords(type)}` : [ids].flat().join(", ");
 const alertWords = ({ alert }) => alert ? `⚠ ${alert.type}: ${alert.message} (${ago(alert.timestamp)})` : "";
-const seenWords = ({ is_online, last_heartbeat, disconnected_at }) =>
-  is_online ? `seen ${ago(last_heartbeat)}` : `last seen ${ago(disconnected_at ?? last_heartbeat)}`;
-const boardWords = (device) => `${typeWords(device.device_type)} · ${seenWords(device)}`
-  + (device.deadman_at ? ` · deadman due ${clock(millis(device.deadman_at))}` : "");
+const boardWords = ({ device_type: type, is_online, last_heartbeat, deadman_at: due }) => typeWords(type)
+  + ` · ${is_online ? "" : "last "}seen ${ago(last_heartbeat)}${due ? ` · deadman due ${clock(millis(due))}` : ""}`;
 const stateWords = ({ is_online }) => link !== "live" ? [is_online ? "○ was online" : "○ was offline", ""]
   : is_online ? ["● online", "good"] : ["■ offline", "bad"];
 
@@ -3488,7 +3485,7 @@ async function ask(path, options = {}, limitMs = 15000) {  // an error with a `s
 }
 async function read(path, isWanted = () => true, what = "") {  // until there is an answer; null if it's refused or unwanted
   const tell = (problem) => { if (what && isWanted()) say($("unread-" + what), problem); };
-  for (let pauseMs = 500; ; pauseMs = Math.min(2 * pauseMs, 8000)) {
+  for (let pauseMs = 500; ; pauseMs = Math.min(2 * pauseMs, 4000)) {
     while (document.hidden) await pause(500);
     if (!isWanted()) return null;
     try {
@@ -3511,7 +3508,7 @@ async function look() {
   }
   const online = await ask("devices?online=true").catch(() => null);
   for (const { device_id, last_heartbeat } of online?.devices ?? [])  // a heartbeat is no event
-    Object.assign(boards.get(device_id)?.device ?? {}, { last_heartbeat });
+    Object.assign(deviceOf(device_id), { last_heartbeat });
   setTimeout(look, 5000);
 }
 
@@ -3527,7 +3524,6 @@ function join() {  // while nobody sees this window, others have its connections
   letGo();
   [link, heardMs] = ["connecting", performance.now()];
   if (!document.hidden) follow();
-  paintLater();
 }
 function tellOthers(name, data) { channel?.postMessage({ from: me, name, data }); }
 function onWord({ from, name, data }) {  // of another window
@@ -3568,8 +3564,7 @@ function makeWay() {  // for a stop
 }
 async function load() {
   const mine = held = [], answer = await read("devices", () => held === mine, "boards");
-  if (held !== mine) return;
-  held = null;
+  if (held === mine) held = null;
   if (!answer) return;
   [...boards.keys()].filter((id) => !answer.devices.some(({ device_id }) => device_id === id)).forEach(forget);
   answer.devices.sort((one, other) => order(other.device_id, one.device_id)).forEach(onDevice);
@@ -3577,6 +3572,7 @@ async function load() {
   boards.forEach((board) => { board.isFilled = false; fill(board); });
   if (shown) loadHistory();
   route();
+  paintLater();
   const log = await read(`command-logs?limit=${MAX_COMMANDS}`, () => !held, "commands");
   log?.logs.reverse().forEach((row) => onCommand(row));
 }
@@ -3587,7 +3583,6 @@ function onDevice(device) {
   const isNews = board.device?.is_online !== device.is_online || board.device.connected_at !== device.connected_at;
   board.device = device;
   if (board === shown && isNews) loadHistory();
-  paintLater();
 }
 function onState({ device_id, state, timestamp }) {
   const board = boards.get(device_id);
@@ -3595,9 +3590,7 @@ function onState({ device_id, state, timestamp }) {
   Object.assign(board.device, { state, state_timestamp: timestamp, last_heartbeat: timestamp });
   remember(board, state, timestamp);
 }
-function onAlert({ device_id, ...alert }) {
-  if (boards.has(device_id)) boards.get(device_id).device.alert = alert;
-}
+function onAlert({ device_id, ...alert }) { Object.assign(deviceOf(device_id), { alert }); }
 function forget(id) {
   boards.get(id)?.card.remove();
   boards.delete(id);
@@ -3609,6 +3602,7 @@ let timer = 0;
 function paintLater() { timer ||= setTimeout(() => requestAnimationFrame(paint), 300); }
 function paint() {
   timer = 0;
+  if (performance.now() > dueMs) follow();
   if (performance.now() - heardMs > AWAY_MS) link = "away";
   document.body.classList.toggle("old", link !== "live");
   paintFleet();
@@ -3638,7 +3632,7 @@ async function fill(board) {  // with its newest states; where it is shown in de
   board.trails.clear();
   for (const { state_data, timestamp } of rows) remember(board, state_data, timestamp);
   const { state, state_timestamp: at } = board.device;
-  if (rows.length && at > last(rows).timestamp) remember(board, state, at);  // it came meanwhile
+  if (at > (last(rows)?.timestamp ?? "")) remember(board, state, at);  // it came meanwhile
   paintLater();
 }
 function addCard(board, state) {
@@ -3654,7 +3648,7 @@ function addCard(board, state) {
 function paintCard({ device, trails, card, word, body }) {
   const all = readings(device.state), hasAlert = device.alert && age(device.alert.timestamp) < 3600;
   const rows = all.slice(0, 6).map(([name, value]) => make("div", {}, make("dt", { title: name }, name),
-    draw(trails.has(name) ? { spark: trace(trails.get(name)) } : {}), make("dd", {}, write(value).slice(0, 60))));
+    draw(...trails.has(name) ? [["spark", trace(trails.get(name))]] : []), make("dd", {}, write(value).slice(0, 60))));
   card.className = `card ${!device.is_online ? "offline" : hasAlert ? "alert" : ""}`;
   say(word, ...stateWords(device));
   body.replaceChildren(make("small", {}, boardWords(device)), make("p", { className: "odd" }, alertWords(device)),
@@ -3711,7 +3705,6 @@ function paintBoard({ device, trails }) {
   say($("facts"), `${word} · ${boardWords(device)}${since}`, className);
   say($("alert"), alertWords(device));
   $("delete").disabled = device.is_online;
-  $("delete").title = device.is_online ? "Only a board that is offline can be deleted" : "";
   say($("record"), JSON.stringify({ state: device.state, metadata: device.metadata }, null, 2));
   $("plots").replaceChildren(...[...trails].map(plot));
 }
@@ -3722,7 +3715,7 @@ function plot([name, points]) {
   const heights = marks.map((mark) => height(mark, ...range)), grid = heights.map((y) => `M0 ${y}H100`).join("");
   return make("figure", { className: "plot panel" },
     make("figcaption", {}, make("strong", {}, name), make("output", {}, write(number))),
-    make("div", { className: "area" }, draw({ grid, line: trace(points, range, gapMs) }),
+    make("div", { className: "area" }, draw(["grid", grid], ["line", trace(points, range, gapMs)]),
       ...marks.map((mark, index) => make("small", { className: "y", style: `top: ${heights[index]}%` }, write(mark)))),
     make("div", { className: "x" }, ...[from, (from + to) / 2, to].map((ms) => make("small", {}, clock(ms, options)))));
 }
@@ -3747,15 +3740,13 @@ $("delete").onclick = async () => {
 // -- commands
 let targets = "", gone = "";  // what can be chosen; what was chosen and is there no more: no other takes its place
 function paintTargets() {
-  const devices = [...boards.values()].map(({ device }) => device), online = devices.filter(({ is_online }) => is_online);
-  const types = [...new Set(devices.map(({ device_type }) => device_type))].sort(order);
-  const options = [
-    [{ device_type: "*" }, `all boards (${online.length} online)`],
-    ...types.map((device_type) => [{ device_type }, `${targetWords({ device_type })} (${
-      online.filter((device) => device.device_type === device_type).length} online)`]),
-    [{ device_id: [] }, "several boards …"],
-    ...[...boards.keys()].sort(order).map((device_id) => [{ device_id }, device_id]),
-  ].map(([target, words]) => [JSON.stringify(target), words]);
+  const counts = new Map([["*", 0]]);  // how many of a type are online
+  for (const { device: { device_type, is_online } } of boards.values())
+    for (const type of ["*", device_type]) counts.set(type, (counts.get(type) ?? 0) + is_online);
+  const types = [...counts].map(([device_type, n]) => [{ device_type }, `${targetWords({ device_type })} (${n} online)`]);
+  const ids = [...boards.keys()].sort(order).map((device_id) => [{ device_id }, device_id]);
+  const options = [...types, [{ device_id: [] }, "several boards …"], ...ids]
+    .map(([target, words]) => [JSON.stringify(target), words]);
   const chosen = $("to").value;
   $("several").hidden = chosen !== '{"device_id":[]}';
   if (chosen) gone = options.some(([value]) => value === chosen) ? "" : targetWords(JSON.parse(chosen));
@@ -3834,10 +3825,8 @@ $("stop").onclick = async () => {
   tellOthers("way");
   try {
     const row = await send({ device_type: "*" }, "stop", {}, tell, 3);
-    if (row && stop === press) {
-      stop = row.command_id;
-      onCommand(row);
-    }
+    if (row && stop === press) stop = row.command_id;
+    if (row) onCommand(row);
   } catch (error) { tell(`STOP WAS NOT SENT: ${error.message}`); }
   clearTimeout(late);
 };
@@ -3849,10 +3838,7 @@ $("command").open = innerWidth >= 960;
 if (channel) channel.onmessage = ({ data }) => { if (!document.hidden) onWord(data); };
 addEventListener("hashchange", route);
 document.addEventListener("visibilitychange", join);
-setInterval(() => {  // the page says how long ago things were
-  if (performance.now() > dueMs) follow();
-  paintLater();
-}, 1000);
+setInterval(paintLater, 1000);  // the page says how long ago things were
 look();
 join();
 </script>
