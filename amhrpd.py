@@ -3819,8 +3819,7 @@ $("form").onsubmit = async (event) => {
 let stop = null;  // the latest press, then the id of its command
 $("stop").onclick = async () => {
   const press = stop = {}, tell = (text) => { if (stop === press) say($("said"), text, "bad"); };
-  const late = setTimeout(() => tell("STOP: no answer yet …"), 1000);
-  say($("said"), "Stopping …", "");
+  tell("STOP: no answer yet …");
   makeWay();
   tellOthers("way");
   try {
@@ -3828,7 +3827,6 @@ $("stop").onclick = async () => {
     if (row && stop === press) stop = row.command_id;
     if (row) onCommand(row);
   } catch (error) { tell(`STOP WAS NOT SENT: ${error.message}`); }
-  clearTimeout(late);
 };
 
 // -- begin
