@@ -3145,8 +3145,7 @@ PAGE = r"""<!doctype html>
   :root { --blue: #78b4ff; --good: #56cf93; --bad: #ff8a7d; --odd: #f3bd55; }
 }
 * { box-sizing: border-box; margin: 0; padding: 0; } body { word-break: break-word; overflow-wrap: anywhere; }
-[hidden], header :empty, #board > :empty { display: none !important; }
-:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; } h1 { outline: none; }
+[hidden], p:empty, output:empty { display: none !important; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; } ul { list-style: none; } a { color: var(--blue); }
 small, th, dt { color: var(--soft); font-weight: normal; }
 .good { color: var(--good); } .bad { color: var(--bad); } .odd { color: var(--odd); }
@@ -3168,7 +3167,7 @@ main { max-width: 92rem; margin: auto; padding: 1rem; } .old #boards, .old #boar
 .card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: .9rem; padding: .8rem 1rem; }
 .card { position: relative; border-left: .35rem solid var(--good); }
 .card.alert { border-color: var(--odd); } .card.offline { border-color: var(--bad); }
-.card h2 { display: flex; gap: .6rem; justify-content: space-between; } .card h2 span { white-space: nowrap; }
+.card h2, figcaption, .x { display: flex; gap: .2rem .6rem; justify-content: space-between; }
 .card a { color: inherit; } .card a::after { content: ""; position: absolute; inset: 0; } .card small { display: block; }
 .card dl { margin-top: .5rem; } .card p { max-height: 4.2em; overflow: hidden; }
 .card dl div { display: grid; gap: .7rem; grid-template-columns: minmax(0, 6.3rem) 1fr minmax(4.2rem, auto); }
@@ -3178,10 +3177,9 @@ main { max-width: 92rem; margin: auto; padding: 1rem; } .old #boards, .old #boar
 svg { display: block; width: 100%; height: 1.2rem; overflow: visible; color: var(--blue); }
 path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: round; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--line); stroke-width: 1; }
-.plot figcaption { display: flex; flex-wrap: wrap; gap: .2rem .8rem; justify-content: space-between; }
-.area { position: relative; margin: .6rem .5rem 1.4rem 3.6rem; } .area svg { height: 8rem; }
-.area small { position: absolute; white-space: nowrap; font-size: .75rem; font-variant-numeric: tabular-nums; }
-.area .y { right: calc(100% + .5rem); transform: translateY(-50%); } .area .x { top: calc(100% + .3rem); }
+.area { position: relative; } .area, .x { margin: .6rem .5rem .3rem 3.6rem; } .area svg { height: 8rem; }
+.y { position: absolute; right: calc(100% + .5rem); transform: translateY(-50%); }
+.plot small { font-size: .75rem; font-variant-numeric: tabular-nums; } .y, h2 span { white-space: nowrap; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; word-break: normal; overflow-wrap: normal; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; } pre { white-space: pre-wrap; }
 form { display: grid; gap: .6rem; margin: .6rem 0; } label { display: grid; gap: .2rem; }
@@ -3206,16 +3204,19 @@ form { display: grid; gap: .6rem; margin: .6rem 0; } label { display: grid; gap:
     <input id="find" type="search" placeholder="Find: a name, a type, offline, alert" aria-label="Find boards">
     <ul id="boards"></ul>
     <p id="none" role="status"></p>
+    <p id="unread-boards" role="status" class="odd">The boards are not read yet.</p>
   </section>
   <section id="board" aria-labelledby="name" hidden>
     <div><a href="#">← all boards</a><h1 id="name" tabindex="-1"></h1><p id="facts"></p><p id="alert" class="odd"></p></div>
     <div class="bar">
       <select id="range" aria-label="Range of the plots">
         <option value="0">1,000 states<option value="3600000">An hour<option value="86400000">A day</select>
-      <a id="table" class="button" download>Download a table</a><button id="delete">Delete …</button>
+      <a id="table" class="button" download>Download a table (newest 100,000)</a>
+      <button id="delete" title="Only a board that is offline can be deleted">Delete …</button>
     </div>
-    <p id="problems" role="status" class="odd"></p>
+    <p id="unread-readings" role="status" class="odd"></p>
     <div id="plots" aria-live="off"></div>
+    <p id="unread-connections" role="status" class="odd"></p>
     <div class="panel"><h2>Connections</h2><div class="wide"><table><thead><tr><th>When<th>What<th>Why<th>Lasted</thead>
       <tbody id="history"></tbody></table></div></div>
     <div class="panel"><h2>Latest state, and what it says of itself</h2><pre id="record"></pre></div>
@@ -3230,18 +3231,18 @@ form { display: grid; gap: .6rem; margin: .6rem 0; } label { display: grid; gap:
       <button id="send">Send</button>
       <output id="answer" role="alert" class="bad"></output>
     </form>
-    <h2>Latest commands</h2><p id="unlogged" role="status" class="odd"></p>
+    <h2>Latest commands</h2><p id="unread-commands" role="status" class="odd"></p>
     <ul id="commands"></ul>
   </details>
 </main>
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const SPARK_POINTS = 120, PLOT_POINTS = 1000, MAX_READINGS = 40, MAX_COMMANDS = 15, MAX_ROWS = 100000;
+const SPARK_POINTS = 120, PLOT_POINTS = 1000, MAX_READINGS = 40, MAX_COMMANDS = 15;
 const AWAY_MS = 11000;  // the gateway's sign of life comes every 5 s: two of them are missed
 const order = new Intl.Collator(undefined, { numeric: true }).compare;
 const base = location.origin + location.pathname;  // a bookmark may have a token in its address, which fetch refuses
-const boards = new Map(), commands = new Map();
+const boards = new Map(), deviceOf = (id) => boards.get(id)?.device ?? {};
 let shown = null, skewMs = 0;  // the board that is shown in depth; how far the gateway's clock is ahead
 
 // -- what boards say goes into the page here, as text
@@ -3254,21 +3255,17 @@ function say(node, text, className = node.className) {
   if (node.textContent !== text) node.textContent = text;
   if (node.className !== className) node.className = className;
 }
-function draw(lines) {  // class -> path, in a square of 100 by 100 that is stretched
-  const create = (tag, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    return node;
-  };
-  const svg = create("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
-  svg.append(...Object.entries(lines).map(([name, d]) => create("path", { class: name, d })));
-  return svg;
+function makeShape(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
+const SQUARE = { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" };  // is stretched
+const draw = (...lines) => makeShape("svg", SQUARE, ...lines.map(([name, d]) => makeShape("path", { class: name, d })));
 
 // -- times, numbers, words
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-const about = (ms) => ms * (0.5 + Math.random());  // pages that lost the gateway together don't come back together
-const happens = (name) => new Promise((done) => document.addEventListener(name, done, { once: true }));
 const millis = (time) => Date.parse(time + "Z");
 const gatewayTime = (ms) => new Date(ms + skewMs).toISOString().slice(0, -1);
 const clock = (ms, options = { timeStyle: "medium" }) => new Date(ms).toLocaleString(undefined, options);
@@ -3283,28 +3280,27 @@ const counted = (n) => `${n} board${n === 1 ? "" : "s"}`;
 const write = (value) => typeof value === "number" ? String(+value.toPrecision(7))
   : typeof value === "string" ? value : JSON.stringify(value);
 const typeWords = (type) => /^\s|\s\s|\s$/.test(type) ? JSON.stringify(type) : type;  // blanks tell types apart
+const targetWords = ({ device_type: type, device_id: ids }) => type === "*" ? "all boards"
+  : type ? `every ${typeWords(type)}` : [ids].flat().join(", ");
 const alertWords = ({ alert }) => alert ? `⚠ ${alert.type}: ${alert.message} (${ago(alert.timestamp)})` : "";
-const heardAt = ({ state_timestamp, last_heartbeat }) => last([state_timestamp, last_heartbeat].filter(Boolean).sort());
-const boardWords = (device) => `${typeWords(device.device_type)} · `
-  + (device.is_online ? `seen ${ago(heardAt(device))}` : `last seen ${ago(device.disconnected_at ?? heardAt(device))}`)
-  + (device.deadman_at ? ` · deadman due ${clock(millis(device.deadman_at))}` : "");
+const boardWords = ({ device_type: type, is_online, last_heartbeat, deadman_at: due }) => typeWords(type)
+  + ` · ${is_online ? "" : "last "}seen ${ago(last_heartbeat)}${due ? ` · deadman due ${clock(millis(due))}` : ""}`;
 const stateWords = ({ is_online }) => link !== "live" ? [is_online ? "○ was online" : "○ was offline", ""]
   : is_online ? ["● online", "good"] : ["■ offline", "bad"];
 
 // -- readings
 function readings(state, prefix = "") {  // names with values; an object inside gives `outer.inner`
-  const all = Object.entries(state ?? {}).slice(0, MAX_READINGS).flatMap(([name, value]) =>
+  return Object.entries(state ?? {}).slice(0, MAX_READINGS).flatMap(([name, value]) =>
     value && typeof value === "object" && !Array.isArray(value) && !prefix ? readings(value, name + ".")
       : [[prefix + name, value]]);
-  const counts = ([name]) => /^(run|seq)$/.test(name);  // what the simulator counts by measures nothing, and comes last
-  return all.sort((one, other) => counts(one) - counts(other));
 }
-function remember(trails, state, time, points) {
+function remember(board, state, time) {
   for (const [name, value] of readings(state)) {
-    if (typeof value !== "number" || (!trails.has(name) && trails.size >= MAX_READINGS)) continue;
-    if (!trails.has(name)) trails.set(name, []);
-    trails.get(name).push([millis(time), value]);
-    if (trails.get(name).length > points) trails.get(name).shift();
+    const trail = board.trails.get(name) ?? [];
+    if (typeof value !== "number" || (!trail.length && board.trails.size >= MAX_READINGS)) continue;
+    board.trails.set(name, trail);
+    trail.push([millis(time), value]);
+    if (trail.length > (board === shown ? PLOT_POINTS : SPARK_POINTS)) trail.shift();
   }
 }
 const finite = (value) => Math.max(-Number.MAX_VALUE, Math.min(Number.MAX_VALUE, value));
@@ -3314,7 +3310,7 @@ function span(points) {
   return high - low > Math.max(size * 1e-9, 1e-300) ? [low, high] : [finite(low - room), finite(high + room)];
 }
 const height = (value, low, high) => 100 - (value / 2 - low / 2) / (high / 2 - low / 2) * 100;  // halves don't run over
-function trace(points, [low, high], gapMs = Infinity) {
+function trace(points, [low, high] = span(points), gapMs = Infinity) {
   const from = points[0][0], lengthMs = last(points)[0] - from || 1;
   return points.map(([ms, value], index) => {
     const x = (ms - from) / lengthMs * 100, isStart = index === 0 || ms - points[index - 1][0] > gapMs;
@@ -3340,141 +3336,118 @@ async function ask(path, options = {}, limitMs = 15000) {  // an error with a `s
     reads.delete(aborter);
   }
 }
-async function read(path, isWanted, tell = () => {}) {  // asks until there is an answer; null if it's refused or unwanted
-  for (let pauseMs = 500; ; pauseMs = Math.min(2 * pauseMs, 30000)) {
-    if (document.hidden) await happens("visibilitychange");
+async function read(path, isWanted = () => true, what = "") {  // until there is an answer; null if it's refused or unwanted
+  const tell = (problem) => { if (what && isWanted()) say($("unread-" + what), problem); };
+  for (let pauseMs = 500; ; pauseMs = Math.min(2 * pauseMs, 4000)) {
+    while (document.hidden) await pause(500);
     if (!isWanted()) return null;
     try {
       const content = await ask(path);
       tell("");
-      return content;
+      return isWanted() ? content : null;
     } catch (error) {
       const isFinal = error.status < 500 && ![408, 429].includes(error.status);
-      tell(`can't be read: ${error.message}.${isFinal ? "" : " Trying again …"}`);
+      tell(`The ${what} can't be read: ${error.message}.${isFinal ? "" : " Trying again …"}`);
       if (isFinal) return null;
-      await Promise.race([pause(about(pauseMs)), happens("live")]);
+      await pause(pauseMs * (0.5 + Math.random()));  // pages that lost the gateway together don't come back together
     }
   }
 }
 async function look() {
-  const health = await read("health", () => true);
+  const health = await read("health");
   if (health?.timestamp) {  // without the token it says no more than the status
     const problem = health.status === "ok" ? "" : `The gateway is degraded: ${health.database}.`;
     say($("notice"), `${problem} ${health.notice ?? ""}`.trim());
   }
-  for (const { id, device, isSeen } of boards.values()) {  // a heartbeat is no event
-    if (link !== "live" || !(isSeen || id === shown?.id) || !device.is_online || age(heardAt(device)) < 8) continue;
-    const { last_heartbeat } = await ask(`devices/${id}`).catch(() => ({}));
-    if (last_heartbeat > device.last_heartbeat) device.last_heartbeat = last_heartbeat;
-  }
+  const online = await ask("devices?online=true").catch(() => null);
+  for (const { device_id, last_heartbeat } of online?.devices ?? [])  // a heartbeat is no event
+    Object.assign(deviceOf(device_id), { last_heartbeat });
   setTimeout(look, 5000);
 }
 
 // -- what happens: one stream for all windows, as a browser has six connections to a gateway and a stop needs one of them
-const me = Date.now() + Math.random(), acts = { device: onDevice, state: onState, command: onCommand, alert: onAlert };
+const acts = { device: onDevice, state: onState, command: onCommand, alert: onAlert };
+const me = Date.now() + Math.random(), channel = window.BroadcastChannel && new BroadcastChannel("amhrpd");
 let link = "connecting";  // or "live", or "away"
-let heardMs = 0, lastLive = 0, lastId = "", mustLoad = true, channel = null, stream = null, due = 0;
+let stream = null, dueMs = 0, heardMs = 0, lastLive = 0;  // when a new stream is due; when the gateway was heard
+let held = null;  // what happens while the boards are read, for afterwards
 function join() {  // while nobody sees this window, others have its connections
-  reads.forEach((aborter) => aborter.abort());
   if (stream) tellOthers("bye");
+  makeWay();
   letGo();
-  channel?.close();
-  [link, heardMs, mustLoad] = ["connecting", performance.now(), true];
-  if (document.hidden) return;
-  channel = window.BroadcastChannel ? new BroadcastChannel("amhrpd") : null;
-  if (channel) channel.onmessage = ({ data }) => onWord(data);
-  follow();
-  paintLater();
+  [link, heardMs] = ["connecting", performance.now()];
+  if (!document.hidden) follow();
 }
-function tellOthers(name, data, id) { channel?.postMessage({ from: me, name, data, id }); }
-function onWord({ from, name, data, id }) {  // of another window
+function tellOthers(name, data) { channel?.postMessage({ from: me, name, data }); }
+function onWord({ from, name, data }) {  // of another window
   if (name === "way") makeWay();
-  else if (name === "bye") { if (!stream) letGo(500 * Math.random()); }
+  else if (name === "bye") { if (!stream) letGo(0); }
   else if (stream?.readyState === EventSource.OPEN && me < from) {  // the oldest stream is enough for all
     if (name === "open") tellOthers("alive", "{}");
-  } else { letGo(); hear(name, data, id); }
+  } else { letGo(); hear(name, data); }
 }
-function letGo(ms) {  // of the stream, and make a new one in a while
+function letGo(ms = Infinity) {  // of the stream, and make a new one in a while
   stream?.close();
   stream = null;
-  clearTimeout(due);
-  if (ms) due = setTimeout(follow, ms);
+  dueMs = performance.now() + ms;
 }
 function follow() {
   letGo(AWAY_MS);
-  stream = new EventSource(new URL(`events?alive=1${mustLoad || !lastId ? "" : "&last_event_id=" + lastId}`, base));
-  for (const name of ["open", "alive", "reset", ...Object.keys(acts)])
-    stream.addEventListener(name, ({ data = "{}", lastEventId }) => {
-      tellOthers(name, data, lastEventId);
-      hear(name, data, lastEventId);
+  stream = new EventSource(new URL("events?alive=1", base));
+  stream.onerror = () => { heardMs = -Infinity; };  // it comes back by itself, after a while that the gateway told it
+  for (const name of ["open", "alive", ...Object.keys(acts)])
+    stream.addEventListener(name, ({ data = "{}" }) => {
+      tellOthers(name, data);
+      hear(name, data);
     });
-  stream.onerror = () => {
-    letGo(about(2000));
-    heardMs = -Infinity;
-    hasRead ? ask("devices?device_type=-").catch(() => {}) : load();  // says why, where it wants another token
-  };
 }
-function hear(name, data, id) {
-  [heardMs, lastLive, lastId] = [performance.now(), Date.now(), id || lastId];
-  clearTimeout(due);
-  due = setTimeout(follow, stream ? AWAY_MS : AWAY_MS * (0.6 + 0.2 * Math.random()));
-  if (link !== "live") document.dispatchEvent(new Event("live"));
+function hear(name, data) {
+  [heardMs, lastLive] = [performance.now(), Date.now()];
+  dueMs = heardMs + (stream ? AWAY_MS : 0.7 * AWAY_MS);
+  if (name === "open" || link !== "live") load();
   link = "live";
-  paintLater();
-  if (mustLoad || name === "reset") load();
   const content = JSON.parse(data);
   if (name === "alive" && content.timestamp) skewMs = millis(content.timestamp) - Date.now();
-  if (name in acts) held ? held.push([name, content]) : acts[name](content);
+  if (name in acts) held ? held.push(() => acts[name](content)) : acts[name](content);
+  paintLater();
 }
 function makeWay() {  // for a stop
   reads.forEach((aborter) => aborter.abort());
-  if (!channel || link !== "live") letGo(about(2000));
+  if (!channel || link !== "live") letGo(2000);
 }
-let held = null, hasRead = false, unread = "are not read yet.";  // what happens while they are read is held for afterwards
 async function load() {
-  const mine = held = [];
-  mustLoad = link !== "live";
-  const tell = (problem) => { unread = problem; if (problem) mine.length = 0; paintLater(); };
-  const answer = await read("devices", () => mine === held, tell);
-  if (mine !== held) return;
-  held = null;
+  const mine = held = [], answer = await read("devices", () => held === mine, "boards");
+  if (held === mine) held = null;
   if (!answer) return;
-  hasRead = true;
   [...boards.keys()].filter((id) => !answer.devices.some(({ device_id }) => device_id === id)).forEach(forget);
-  answer.devices.sort((a, b) => order(a.device_id, b.device_id)).forEach(onDevice);
-  mine.forEach(([name, content]) => acts[name](content));
+  answer.devices.sort((one, other) => order(other.device_id, one.device_id)).forEach(onDevice);
+  mine.forEach((act) => act());
   boards.forEach((board) => { board.isFilled = false; fill(board); });
-  if (shown) { loadPlots(); loadHistory(); }
+  if (shown) loadHistory();
   route();
-  const tellOfLog = (problem) => say($("unlogged"), problem && "They " + problem);
-  (await read(`command-logs?limit=${MAX_COMMANDS}`, () => !held, tellOfLog))?.logs.reverse().forEach((row) => onCommand(row));
+  paintLater();
+  const log = await read(`command-logs?limit=${MAX_COMMANDS}`, () => !held, "commands");
+  log?.logs.reverse().forEach((row) => onCommand(row));
 }
 function onDevice(device) {
-  const id = device.device_id, board = boards.get(id) ?? { id, trails: new Map(), problems: {} };
+  const id = device.device_id, board = boards.get(id) ?? { id, trails: new Map() };
   if (device.deleted) return forget(id);
   if (!boards.has(id)) addCard(board, device.state);
   const isNews = board.device?.is_online !== device.is_online || board.device.connected_at !== device.connected_at;
   board.device = device;
   if (board === shown && isNews) loadHistory();
-  paintLater();
 }
 function onState({ device_id, state, timestamp }) {
   const board = boards.get(device_id);
   if (!board || board.device.state_timestamp === timestamp) return;
-  Object.assign(board.device, { state, state_timestamp: timestamp });
-  remember(board.trails, state, timestamp, SPARK_POINTS);
-  if (board === shown && board.series) remember(board.series, state, timestamp, PLOT_POINTS);
-  paintLater();
+  Object.assign(board.device, { state, state_timestamp: timestamp, last_heartbeat: timestamp });
+  remember(board, state, timestamp);
 }
-function onAlert({ device_id, ...alert }) {
-  if (boards.has(device_id)) boards.get(device_id).device.alert = alert;
-  paintLater();
-}
+function onAlert({ device_id, ...alert }) { Object.assign(deviceOf(device_id), { alert }); }
 function forget(id) {
   boards.get(id)?.card.remove();
   boards.delete(id);
   if (shown?.id === id) location.hash = "";
-  paintLater();
 }
 
 // -- painting: a few times a second, and only what is in view
@@ -3482,27 +3455,37 @@ let timer = 0;
 function paintLater() { timer ||= setTimeout(() => requestAnimationFrame(paint), 300); }
 function paint() {
   timer = 0;
+  if (performance.now() > dueMs) follow();
   if (performance.now() - heardMs > AWAY_MS) link = "away";
   document.body.classList.toggle("old", link !== "live");
   paintFleet();
+  paintTargets();
   for (const board of boards.values()) if (board.isSeen) paintCard(board);
   if (shown) paintBoard(shown);
-  for (const command of commands.values()) if (command.isNew) paintCommand(command);
 }
 const watcher = new IntersectionObserver((entries) => {
   for (const { target: { board }, isIntersecting } of entries) {
     board.isSeen = isIntersecting;
-    fill(board);
+    if (!board.isFilled) fill(board);
   }
   paintLater();
 }, { rootMargin: "200px" });
-async function fill(board) {  // sparklines begin with what the history has
-  if (!board.isSeen || board.isFilled) return;
+async function fill(board) {  // with its newest states; where it is shown in depth, with the range that is chosen
+  const mine = board.filling = {}, isWanted = () => board.filling === mine && (board.isSeen || board === shown);
+  const [points, what] = board === shown ? [PLOT_POINTS, "readings"] : [SPARK_POINTS];
+  const lengthMs = what ? Number($("range").value) : 0, begin = Date.now() - lengthMs, parts = lengthMs ? 50 : 1, rows = [];
+  for (let part = 0; part < parts; part += 1) {  // as many states of each part of a time until now
+    const [since, until] = [part, part + 1].map((at) => gatewayTime(begin + at * lengthMs / parts));
+    const path = `state-history/${board.id}?limit=${points / parts}${lengthMs ? `&since=${since}&until=${until}` : ""}`;
+    const answer = await read(path, isWanted, what);
+    if (!answer) return;
+    rows.push(...answer.states.reverse());
+  }
   board.isFilled = true;
-  const answer = await read(`state-history/${board.id}?limit=${SPARK_POINTS}`, () => board.isSeen);
-  board.isFilled = Boolean(answer);
-  if (answer) board.trails.clear();
-  answer?.states.reverse().forEach((row) => remember(board.trails, row.state_data, row.timestamp, SPARK_POINTS));
+  board.trails.clear();
+  for (const { state_data, timestamp } of rows) remember(board, state_data, timestamp);
+  const { state, state_timestamp: at } = board.device;
+  if (at > (last(rows)?.timestamp ?? "")) remember(board, state, at);  // it came meanwhile
   paintLater();
 }
 function addCard(board, state) {
@@ -3510,34 +3493,31 @@ function addCard(board, state) {
   const head = make("h2", {}, make("a", { href: "#/" + board.id }, board.id), board.word);
   const style = `min-height: ${4.8 + 1.8 * Math.min(6, readings(state).length)}rem`;  // as high as it will be when it's seen
   board.card = make("li", { className: "card", style, board }, head, board.body);
-  const isAfter = (card) => order(card.board.id, board.id) > 0, end = $("boards").lastElementChild;
-  $("boards").insertBefore(board.card, end && isAfter(end) ? [...$("boards").children].find(isAfter) : null);
+  const next = [...$("boards").children].find((card) => order(card.board.id, board.id) > 0);
+  $("boards").insertBefore(board.card, next ?? null);
   boards.set(board.id, board);
   watcher.observe(board.card);
 }
-const isOffline = ({ device }) => !device.is_online;
-const hasAlert = ({ device: { alert } }) => alert && age(alert.timestamp) < 3600;
-function paintCard(board) {
-  const { device, trails, card, word, body } = board, all = readings(device.state);
+function paintCard({ device, trails, card, word, body }) {
+  const all = readings(device.state), hasAlert = device.alert && age(device.alert.timestamp) < 3600;
   const rows = all.slice(0, 6).map(([name, value]) => make("div", {}, make("dt", { title: name }, name),
-    draw(trails.has(name) ? { spark: trace(trails.get(name), span(trails.get(name))) } : {}),
-    make("dd", {}, write(value).slice(0, 60))));
-  card.className = `card ${isOffline(board) ? "offline" : hasAlert(board) ? "alert" : ""}`;
+    draw(...trails.has(name) ? [["spark", trace(trails.get(name))]] : []), make("dd", {}, write(value).slice(0, 60))));
+  card.className = `card ${!device.is_online ? "offline" : hasAlert ? "alert" : ""}`;
   say(word, ...stateWords(device));
   body.replaceChildren(make("small", {}, boardWords(device)), make("p", { className: "odd" }, alertWords(device)),
     make("dl", {}, ...rows), make("small", {}, all.length > 6 ? `and ${all.length - 6} more` : ""));
 }
 function paintFleet() {
-  const all = [...boards.values()], offline = all.filter(isOffline).length, sought = $("find").value.trim().toLowerCase();
+  const all = [...boards.values()], offline = all.filter(({ device }) => !device.is_online).length;
+  const sought = $("find").value.trim().toLowerCase(), isRead = !$("unread-boards").textContent;
   const words = ({ id, device }) => [id, device.device_type, stateWords(device)[0], device.alert ? "alert" : ""].join(" ");
   for (const board of all) board.card.hidden = !words(board).toLowerCase().includes(sought);
   const none = `No board has connected yet. Boards connect to ${new URL("ws/its_id", base).href.replace("http", "ws")}.`;
-  say($("none"), unread ? "The boards " + unread : all.length ? "" : none);
-  const live = `● live${hasRead ? ` · ${all.length - offline} of ${counted(all.length)} online` : ""}`;
+  say($("none"), isRead && !all.length ? none : "");
+  const live = `● live${isRead ? ` · ${all.length - offline} of ${counted(all.length)} online` : ""}`;
   const away = `■ No news from the gateway${lastLive ? ` since ${clock(lastLive)}` : ""}. Trying again …`;
   say($("link"), ...{ connecting: ["○ connecting …", ""], live: [live, "good"], away: [away, "bad"] }[link]);
   document.title = (link === "away" ? "away · " : offline ? `${offline} offline · ` : "") + "AMHR-PD";
-  paintTargets(all);
 }
 
 // -- one board in depth
@@ -3546,71 +3526,51 @@ history.scrollRestoration = "manual";
 function route() {
   const board = boards.get(location.hash.replace(/^#\/?/, "")) ?? null;
   if (board === shown) return;
-  if (shown) Object.assign(shown, { series: null, loading: null, problems: {} });
+  if (shown) Object.assign(shown, { trails: new Map(), isFilled: false });
   else fleetY = scrollY;
   shown = board;
   $("fleet").hidden = Boolean(board);
   $("board").hidden = !board;
-  $("history").replaceChildren();
   scrollTo(0, board ? 0 : fleetY);
   if (!board) return;
+  $("history").replaceChildren();
+  for (const what of ["readings", "connections"]) say($("unread-" + what), "");
   say($("name"), board.id);
   $("name").focus();
-  $("table").href = new URL(`state-history/${board.id}?format=excel&limit=${MAX_ROWS}`, base);
-  paintTargets([...boards.values()]);
-  $("to").value = "id " + board.id;
-  $("to").onchange();
+  $("table").href = new URL(`state-history/${board.id}?format=excel&limit=100000`, base);
+  paintTargets();
+  $("to").value = JSON.stringify({ device_id: board.id });
   paintBoard(board);
-  loadPlots();
+  fill(board);
   loadHistory();
 }
-const readOf = (board, what, path, isWanted) => read(path, isWanted, (problem) => {
-  board.problems[what] = problem && `The ${what} ${problem}`;
-  paintLater();
-});
-async function loadPlots() {  // the newest states, or as many of each part of a time until now
-  const board = shown, mine = board.loading = {}, isWanted = () => board.loading === mine, series = new Map();
-  let newest = "", lengthMs = Number($("range").value), parts = lengthMs ? 50 : 1, begin = Date.now() - lengthMs;
-  for (let part = 0; part < parts && isWanted(); part += 1) {
-    const [since, until] = [part, part + 1].map((at) => gatewayTime(begin + at * lengthMs / parts));
-    const path = `state-history/${board.id}?limit=${PLOT_POINTS / parts}${lengthMs ? `&since=${since}&until=${until}` : ""}`;
-    for (const { state_data, timestamp } of (await readOf(board, "readings", path, isWanted))?.states.reverse() ?? [])
-      remember(series, state_data, newest = timestamp, PLOT_POINTS);
-  }
-  const { state, state_timestamp: at } = board.device;
-  if (at > newest) remember(series, state, at, PLOT_POINTS);  // it came meanwhile
-  if (isWanted()) board.series = series;
-  paintLater();
-}
 async function loadHistory() {
-  const board = shown, cell = (text, className = "") => make("td", { className }, text), isWanted = () => board === shown;
-  const answer = await readOf(board, "connections", `device-connection-history/${board.id}?limit=30`, isWanted);
-  if (answer && isWanted()) $("history").replaceChildren(...answer.events.map(({ event, timestamp, details }) => make("tr", {},
+  const board = shown, cell = (text, className = "") => make("td", { className }, text);
+  const path = `device-connection-history/${board.id}?limit=30`;
+  const answer = await read(path, () => board === shown, "connections");
+  if (answer) $("history").replaceChildren(...answer.events.map(({ event, timestamp, details }) => make("tr", {},
     cell(clock(millis(timestamp), { dateStyle: "short", timeStyle: "medium" })),
     cell(event, event === "connected" ? "good" : "bad"), cell(String(details?.reason ?? details?.peer ?? "")),
     cell(details?.seconds_connected === undefined ? "" : lasting(details.seconds_connected)))));
 }
-function paintBoard({ device, series, problems }) {
+function paintBoard({ device, trails }) {
   const [word, className] = stateWords(device), since = device.is_online ? ` · connected ${ago(device.connected_at)}` : "";
   say($("facts"), `${word} · ${boardWords(device)}${since}`, className);
   say($("alert"), alertWords(device));
-  say($("problems"), Object.values(problems).filter(Boolean).join(" "));
   $("delete").disabled = device.is_online;
-  $("delete").title = device.is_online ? "Only a board that is offline can be deleted" : "";
   say($("record"), JSON.stringify({ state: device.state, metadata: device.metadata }, null, 2));
-  $("plots").replaceChildren(...[...series ?? []].map(([name, points]) => plot(name, points)));
+  $("plots").replaceChildren(...[...trails].map(plot));
 }
-function plot(name, points) {
+function plot([name, points]) {
   const [from] = points[0], [to, number] = last(points), marks = ticks(...span(points)), range = [marks[0], last(marks)];
   const gapMs = Math.max(10000, 24 * (to - from) / points.length);  // a line is broken where the board was away
   const options = to - from > 86400e3 ? { dateStyle: "short" } : { timeStyle: to - from > 300e3 ? "short" : "medium" };
   const heights = marks.map((mark) => height(mark, ...range)), grid = heights.map((y) => `M0 ${y}H100`).join("");
-  const area = make("div", { className: "area" }, draw({ grid, line: trace(points, range, gapMs) }),
-    ...marks.map((mark, index) => make("small", { className: "y", style: `top: ${heights[index]}%` }, write(mark))),
-    ...[0, 50, 100].map((part) => make("small", { className: "x", style: `left: ${part}%; transform: translateX(-${part}%)` },
-      clock(from + (to - from) * part / 100, options))));
-  const caption = make("figcaption", {}, make("strong", {}, name), make("output", {}, write(number)));
-  return make("figure", { className: "plot panel" }, caption, area);
+  return make("figure", { className: "plot panel" },
+    make("figcaption", {}, make("strong", {}, name), make("output", {}, write(number))),
+    make("div", { className: "area" }, draw(["grid", grid], ["line", trace(points, range, gapMs)]),
+      ...marks.map((mark, index) => make("small", { className: "y", style: `top: ${heights[index]}%` }, write(mark)))),
+    make("div", { className: "x" }, ...[from, (from + to) / 2, to].map((ms) => make("small", {}, clock(ms, options)))));
 }
 function ticks(low, high) {  // about four round numbers that hold all
   const rough = high / 3 - low / 3, power = 10 ** Math.floor(Math.log10(rough));
@@ -3618,75 +3578,54 @@ function ticks(low, high) {  // about four round numbers that hold all
   const first = Math.floor(low / step), end = Math.ceil(high / step);
   return Array.from({ length: end - first + 1 }, (_, index) => finite((first + index) * step));
 }
-$("table").onclick = async () => {
-  const { problems } = shown, answer = await fetch($("table").href, { method: "HEAD" }).catch(() => null);
-  const isMore = answer?.headers.get("X-AMHRPD-More") === "true";
-  problems.table = isMore ? `The table has the newest ${MAX_ROWS.toLocaleString()} states, and there are older ones.` : "";
-  paintLater();
-};
 $("delete").onclick = async () => {
-  const { id, problems } = shown;
+  const { id } = shown, tell = (text) => say($("work"), text);
   if (!confirm(`Forget ${id}, with its readings and its connection history?`)) return;
-  say($("work"), `Forgetting ${id} goes on; a long history takes minutes …`);
+  tell(`Forgetting ${id} goes on; a long history takes minutes …`);
   try {
     const { deleted } = await ask(`devices/${id}`, { method: "DELETE" }, 0);
-    say($("work"), `${id} is forgotten, with ${deleted.snapshots.toLocaleString()} states.`);
+    tell(`${id} is forgotten, with ${deleted.snapshots.toLocaleString()} states.`);
   } catch (error) {
-    say($("work"), "");
-    problems.deletion = error.status ? `Not deleted: ${error.message}.` : "Nobody knows whether it is deleted: no answer.";
-    paintLater();
+    tell(error.status ? `Not deleted: ${error.message}.` : `Nobody knows whether ${id} is deleted: no answer.`);
   }
 };
 
 // -- commands
 let targets = "", gone = "";  // what can be chosen; what was chosen and is there no more: no other takes its place
-const targetWords = (to) => to === "*" ? "all boards"
-  : to.startsWith("type ") ? `every ${typeWords(to.slice(5))}` : to.slice(3);
-function paintTargets(all) {
-  const online = all.filter((board) => !isOffline(board)).map(({ device }) => device.device_type);
-  const types = [...new Set(all.map(({ device }) => device.device_type))].sort(order);
-  const options = [["*", `all boards (${online.length} online)`], ...types.map((type) =>
-    ["type " + type, `every ${typeWords(type)} (${online.filter((other) => other === type).length} online)`]),
-  ["several", "several boards …"], ...all.map(({ id }) => id).sort(order).map((id) => ["id " + id, id])];
+function paintTargets() {
+  const counts = new Map([["*", 0]]);  // how many of a type are online
+  for (const { device: { device_type, is_online } } of boards.values())
+    for (const type of ["*", device_type]) counts.set(type, (counts.get(type) ?? 0) + is_online);
+  const types = [...counts].map(([device_type, n]) => [{ device_type }, `${targetWords({ device_type })} (${n} online)`]);
+  const ids = [...boards.keys()].sort(order).map((device_id) => [{ device_id }, device_id]);
+  const options = [...types, [{ device_id: [] }, "several boards …"], ...ids]
+    .map(([target, words]) => [JSON.stringify(target), words]);
   const chosen = $("to").value;
-  if (chosen) gone = options.some(([value]) => value === chosen) ? "" : chosen;
-  if (gone) options.unshift(["", `nobody: ${targetWords(gone)} is not there any more`]);
+  $("several").hidden = chosen !== '{"device_id":[]}';
+  if (chosen) gone = options.some(([value]) => value === chosen) ? "" : targetWords(JSON.parse(chosen));
+  if (gone) options.unshift(["", `nobody: ${gone} is not there any more`]);
   if (JSON.stringify(options) === targets || (document.activeElement === $("to") && !gone)) return;
   targets = JSON.stringify(options);
   $("to").replaceChildren(...options.map(([value, words]) => make("option", { value }, words)));
-  $("to").value = gone ? "" : chosen || "*";
-  $("to").onchange();
+  $("to").value = gone ? "" : chosen || options[0][0];
 }
-$("to").onchange = () => { $("several").hidden = $("to").value !== "several"; };
-async function send(target, command_name, payload, to, tell, tries = 1) {
+async function send(target, command_name, payload, tell, tries = 1) {
   const body = JSON.stringify({ ...target, command_name, payload }), headers = { "Content-Type": "application/json" };
-  const beganMs = Date.now(), text = JSON.stringify([command_name, payload]);
-  const isIt = (row) => JSON.stringify([row.command_name, row.payload]) === text;
+  const beganMs = Date.now(), text = JSON.stringify([command_name, payload]), to = targetWords(target);
   for (let left = tries; left; left -= 1)
     try {
-      return onCommand(await ask("command", { method: "POST", headers, body, keepalive: tries > 1 }, 5000), to);
+      return onCommand(await ask("command", { method: "POST", headers, body, keepalive: true }, 5000), to);
     } catch (error) {
       if (error.status && error.status !== 500) throw error;
       tell(`Nobody knows whether ${command_name} was sent: ${error.message}. It is looked up when there is an answer.`);
     }
-  await read("health", () => true);
+  await read("health");
   await pause(3000);  // what lay in a gateway that stood still is sent when that goes on
-  const log = await read(`command-logs?limit=100&since=${gatewayTime(beganMs)}`, () => true), row = log?.logs.find(isIt);
+  const log = await read(`command-logs?limit=100&since=${gatewayTime(beganMs)}`);
+  const row = log?.logs.find((row) => JSON.stringify([row.command_name, row.payload]) === text);
   if (log && !row) throw new Error("the gateway knows nothing of it");
   return row && onCommand(row, to);
 }
-function onCommand(row, to) {
-  const command = commands.get(row.command_id) ?? {};
-  commands.set(row.command_id, Object.assign(command, { row: { ...command.row, ...row }, to: to ?? command.to, isNew: true }));
-  const [oldest] = [...commands.values()].sort(byTime);
-  if (commands.size > MAX_COMMANDS) {
-    oldest.item?.remove();
-    commands.delete(oldest.row.command_id);
-  }
-  paintLater();
-  return command;
-}
-const byTime = (one, other) => one.row.created_at < other.row.created_at ? -1 : 1;
 function outcome({ status, target_device_count: targets, success_count: good, response_data }) {
   const answered = Object.keys(response_data ?? {}).length;
   return {
@@ -3696,61 +3635,59 @@ function outcome({ status, target_device_count: targets, success_count: good, re
     no_devices: ["✗ no board was online for it", "bad"],
   }[status] ?? [`… sent, ${answered} of ${counted(targets)} answered`, ""];
 }
-const rowTarget = ({ device_type: type, target_device_count: n }) => type === "*" ? counted(n) : typeWords(type);
-function paintCommand(command) {
-  const { row, to } = command, [words, className] = outcome(row), time = clock(millis(row.created_at));
-  command.isNew = false;
-  if (!command.item) {
-    const [name, state, ...details] = command.parts = [make("strong"), make("p"), make("summary"), make("pre")];
-    command.item = make("li", {}, name, state, make("details", {}, ...details));
-    const older = [...commands.values()].filter((other) => other.item?.isConnected && byTime(other, command) < 0).sort(byTime);
-    $("commands").insertBefore(command.item, last(older)?.item ?? null);
-  }
-  const [name, state, summary, answers] = command.parts, lines = Object.entries(row.response_data ?? {}).slice(0, 200)
+function onCommand(news, to) {  // `to` is known of what was sent from here
+  const id = "command " + news.command_id, item = $(id) ?? make("li", { id },
+    make("strong"), make("p"), make("details", {}, make("summary"), make("pre")));
+  const row = item.row = "response_data" in news ? news : { ...news, ...item.row };  // an answer may be there before it
+  const type = row.device_type === "*" ? counted(row.target_device_count) : typeWords(row.device_type);
+  const lines = Object.entries(row.response_data ?? {}).slice(0, 200)
     .map(([id, answer]) => `${id}: ${answer?.status} ${answer?.payload ? JSON.stringify(answer.payload) : ""}`);
-  say(name, `${row.command_name} → ${to ?? rowTarget(row)}`);
+  const [words, className] = outcome(row), time = clock(millis(row.created_at));
+  const [name, state, summary, answers] = item.querySelectorAll("strong, p, summary, pre");
+  item.to = to ?? item.to;
+  say(name, `${row.command_name} → ${item.to ?? type}`);
   say(state, words, className);
   say(summary, `${time} · details`);
   say(answers, [`payload ${JSON.stringify(row.payload)}`, ...lines].join("\n"));
-  if (command === stop) say($("said"), `Stop, ${time}: ${words}`, className);
+  if (row.command_id === stop) say($("said"), `Stop, ${time}: ${words}`, className);
+  const list = $("commands"), next = [...list.children].find((other) => other.row.created_at <= row.created_at);
+  if (!item.isConnected) list.insertBefore(item, next ?? null);
+  if (list.children.length > MAX_COMMANDS) list.lastElementChild.remove();
+  return row;
 }
 $("form").onsubmit = async (event) => {
   event.preventDefault();
-  const to = $("to").value, [kind] = to.split(" "), one = to.replace(/^(type|id) /, "");
-  const tell = (text) => say($("answer"), text), isType = ({ device }) => device.device_type === one;
-  const device_id = kind === "id" ? one : $("ids").value.split(",").map((id) => id.trim());
-  const isThere = kind === "id" ? boards.has(one) : kind === "type" ? [...boards.values()].some(isType) : to !== "";
-  const target = kind === "id" || kind === "several" ? { device_id } : { device_type: one };
+  const tell = (text) => say($("answer"), text);
+  paintTargets();
   try {
-    if (!isThere) throw new Error(`${targetWords(to || gone)} is not there any more. Choose whom to send it to.`);
-    const payload = JSON.parse($("payload").value || "{}"), words = kind === "several" ? device_id.join(", ") : targetWords(to);
-    const command = await send(target, $("verb").value.trim(), payload, words, tell);
-    if (command) tell(command.row.detail ?? "");
+    if (!$("to").value) throw new Error(`${gone} is not there any more. Choose whom to send it to.`);
+    const target = JSON.parse($("to").value), payload = JSON.parse($("payload").value || "{}");
+    if (Array.isArray(target.device_id)) target.device_id = $("ids").value.split(",").map((id) => id.trim());
+    const row = await send(target, $("verb").value.trim(), payload, tell);
+    if (row) tell(row.detail ?? "");
   } catch (error) {
     tell(error instanceof SyntaxError ? `The payload is no JSON: ${error.message}` : `Not sent: ${error.message}`);
   }
 };
-let stop = null, presses = 0;  // the latest
+let stop = null;  // the latest press, then the id of its command
 $("stop").onclick = async () => {
-  const press = presses += 1, tell = (text) => { if (press === presses) say($("said"), text, "bad"); };
-  const late = setTimeout(() => tell("STOP: no answer yet …"), 1000);
-  stop = null;
-  say($("said"), "Stopping …", "");
+  const press = stop = {}, tell = (text) => { if (stop === press) say($("said"), text, "bad"); };
+  tell("STOP: no answer yet …");
   makeWay();
   tellOthers("way");
   try {
-    const command = await send({ device_type: "*" }, "stop", {}, "all boards", tell, 3);
-    if (command && press === presses) paintCommand(stop = command);
+    const row = await send({ device_type: "*" }, "stop", {}, tell, 3);
+    if (row && stop === press) stop = row.command_id;
+    if (row) onCommand(row);
   } catch (error) { tell(`STOP WAS NOT SENT: ${error.message}`); }
-  clearTimeout(late);
 };
 
 // -- begin
-$("find").oninput = paintLater;
-$("range").onchange = loadPlots;
+$("find").oninput = $("to").onchange = paintLater;
+$("range").onchange = () => fill(shown);
 $("command").open = innerWidth >= 960;
+if (channel) channel.onmessage = ({ data }) => { if (!document.hidden) onWord(data); };
 addEventListener("hashchange", route);
-addEventListener("online", join);
 document.addEventListener("visibilitychange", join);
 setInterval(paintLater, 1000);  // the page says how long ago things were
 look();
@@ -5501,7 +5438,7 @@ class SimulatedBoard:
     async def _report(self, socket_: websockets.ClientConnection) -> None:
         await asyncio.sleep(random.random() * self._plan.status_interval_s)
         while True:
-            payload = {"run": self._fleet.run, "seq": self.snapshots} | readings(self._number, time.monotonic())
+            payload = readings(self._number, time.monotonic()) | {"run": self._fleet.run, "seq": self.snapshots}
             self.snapshots += 1
             await self._send(socket_, "status", payload=payload)
             await asyncio.sleep(self._plan.status_interval_s)

@@ -6721,7 +6721,7 @@ async def test_simulation_with_something_missing_ends_with_1(
     put = amhrpd.Backlog.put_telemetry
 
     def lose_one(self: amhrpd.Backlog, table: Any, row: amhrpd.Values, json: bytes) -> bool:
-        return b'"seq":3,' in json or put(self, table, row, json)
+        return b'"seq":3}' in json or put(self, table, row, json)
 
     monkeypatch.setattr(amhrpd.Backlog, "put_telemetry", lose_one)
     monkeypatch.setattr(amhrpd.Dispatch, "acknowledge", lambda *_: None)
@@ -6927,7 +6927,7 @@ async def test_page_shows_one_board_in_depth(database: Path) -> None:
             assert table.endswith("/state-history/servo_1?format=excel&limit=100000")
             async with client.session.get(table) as response:
                 assert (response.status, response.content_type) == (200, "text/csv")
-            assert await page.locator("#to").input_value() == "id servo_1"
+            assert await page.locator("#to option:checked").inner_text() == "servo_1"
         await shows(page, "#history tr", "disconnected")
         page.on("dialog", lambda dialog: dialog.accept())
         await page.get_by_role("button", name="Delete").click()
@@ -7305,11 +7305,13 @@ async def test_what_is_refused_once_is_asked_again_and_told_where_it_belongs(dat
         async with page_on(client, allowed=NETWORK_TROUBLE, path=None) as page:
             await page.route("**/*-history/left?*", refuse)
             await page.goto(f"http://127.0.0.1:{client.port}/#/left")
-            await shows(page, "#problems", "The readings can't be read: too many at once. Trying again")
+            await shows(page, "#unread-readings", "The readings can't be read: too many at once. Trying again")
+            await shows(page, "#unread-connections", "The connections can't be read: too many at once. Trying again")
             await page.get_by_role("link", name="all boards").click()
             await page.get_by_role("link", name="right").click()
             await shows(page, ".plot output", "8")
-            assert await is_empty(page, "#problems")
+            assert await is_empty(page, "#unread-readings")
+            assert await is_empty(page, "#unread-connections")
             await page.get_by_role("link", name="all boards").click()
             await eventually(lambda: has_sparkline(page.locator(".card", has_text="right")))
             assert await page.locator(".card .spark").count() == 1
@@ -7461,14 +7463,14 @@ async def test_page_tells_not_read_from_none(database: Path) -> None:
         await page.route(re.compile("/(devices|command-logs)"), refuse)
         await page.goto(f"http://127.0.0.1:{client.port}/")
         await shows(page, "#link", "live")
-        await shows(page, "#none", "The boards can't be read: the store stalls. Trying again …")
+        await shows(page, "#unread-boards", "The boards can't be read: the store stalls. Trying again …")
         assert "0" not in await page.locator("#link").inner_text()
         await page.unroute_all()
         await page.route("**/command-logs*", refuse)
         await shows(page, "#none", "No board has connected yet")
-        await shows(page, "#unlogged", "They can't be read: the store stalls")
+        await shows(page, "#unread-commands", "The commands can't be read: the store stalls")
         await page.unroute_all()
-        await eventually(lambda: is_empty(page, "#unlogged"))
+        await eventually(lambda: is_empty(page, "#unread-commands"))
 
 
 @in_a_browser
@@ -7525,7 +7527,7 @@ async def test_pages_that_come_back_together_after_a_restart_all_fill(database: 
 
 
 async def has_filled(page: Page) -> bool:
-    return bool(await page.evaluate("[...boards.values()].every((board) => board.isFilled || !board.isSeen)"))
+    return bool(await page.evaluate("[...boards.values()].every((board) => board.trails.size || !board.isSeen)"))
 
 
 @in_a_browser
@@ -7553,7 +7555,7 @@ async def test_page_says_that_a_long_deletion_goes_on(database: Path) -> None:
         await page.get_by_role("link", name="b", exact=True).click()
         async with client.board("b"):
             await page.evaluate("document.getElementById('delete').onclick()")  # it came back just now
-            await shows(page, "#problems", "Not deleted: ")
+            await shows(page, "#work", "Not deleted: ")
 
 
 @in_a_browser
@@ -7594,7 +7596,7 @@ async def test_page_comes_back_from_a_board_to_where_it_was(database: Path) -> N
         await card.scroll_into_view_if_needed()
         await card.locator("dd").first.wait_for()
         names = await card.locator("dt").all_inner_texts()
-        assert names == ["temperature", "humidity", "battery", "rssi", "volts", "run"]
+        assert names == ["temperature", "humidity", "run", "seq", "battery", "rssi"]
         before = await page.evaluate("scrollY")
         for go_back in (page.get_by_role("link", name="all boards").click, page.go_back):
             await page.get_by_role("link", name="board_300").click()
@@ -7602,21 +7604,3 @@ async def test_page_comes_back_from_a_board_to_where_it_was(database: Path) -> N
             await go_back()
             await card.wait_for()
             assert abs(await page.evaluate("scrollY") - before) < 60
-
-
-@in_a_browser
-@in_a_loop
-async def test_page_says_when_a_table_has_not_all_states(database: Path) -> None:
-    async def say_more(route: Route) -> None:
-        answer = await route.fetch()
-        await route.fulfill(response=answer, headers=answer.headers | {"X-AMHRPD-More": "true"})
-
-    async with gateway_on(database) as client, client.board("a") as board, page_on(client) as page:
-        await say(board, "status", payload={"n": 1})
-        await page.get_by_role("link", name="a", exact=True).click()
-        for is_more in (False, True):
-            if is_more:
-                await page.route("**/*format=excel*", say_more)
-            async with page.expect_download():
-                await page.get_by_role("link", name="Download a table").click()
-        await shows(page, "#problems", "The table has the newest 100,000 states, and there are older ones.")
