@@ -4265,7 +4265,7 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         cases: list[tuple[dict[str, str], tuple[str, ...]]] = [
             ({"port": port}, ("127.0.0.1", port, "in use")),
-            ({"host": "192.0.2.1"}, ("can't listen on 192.0.2.1 port 0: Cannot assign requested address",)),
+            ({"host": "192.0.2.1"}, ("can't listen on 192.0.2.1 port 0: ", "address")),
             ({"host": "127.0.0..1"}, ("127.0.0..1",)),
             ({"host": "nobody.invalid"}, ("nobody.invalid",)),
             ({"database_url": "sqlite:////proc/amhrpd.db"}, ("/proc/amhrpd.db",)),
@@ -4415,11 +4415,12 @@ async def test_it_says_what_to_open(database: Path, tmp_path: Path, monkeypatch:
 async def test_library_that_repeats_itself_is_logged_once_a_minute(database: Path) -> None:
     code = (
         "import logging, amhrpd\n"
-        "amhrpd.configure_logging('info', 'json')\n"
+        "lines = amhrpd.configure_logging('info', 'json')\n"
         "def fail(number): logging.getLogger('aiohttp.server').error('failed %d', number, exc_info=ValueError())\n"
         "for number in range(50): fail(number)\n"
         "amhrpd.Repeats.WINDOW_S = 0\n"
-        "fail(50)"
+        "fail(50)\n"
+        "lines.close()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=20, check=True)
     first, last = map(json.loads, result.stderr.splitlines())
@@ -4454,12 +4455,14 @@ async def test_what_repeats_itself_is_kept_small(database: Path) -> None:
 
 def test_log_lines_that_nobody_takes_stop_nothing_and_are_counted() -> None:
     code = (
-        "import sys, amhrpd\n"
+        "import sys, time, amhrpd\n"
         "amhrpd.LogLines.MAX_LINES = 500\n"
-        "amhrpd.configure_logging('info', 'json')\n"
+        "lines = amhrpd.configure_logging('info', 'json')\n"
         "for number in range(5000): amhrpd.log.info('line', number=number)\n"  # 500 KB; a pipe holds 64
         "print('done', flush=True)\n"
-        "sys.stdin.read()"
+        "sys.stdin.read()\n"
+        "for number in range(100): time.sleep(0.01); amhrpd.log.info('line', number=number)\n"
+        "lines.close()"
     )
     popen = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE
@@ -4468,9 +4471,9 @@ def test_log_lines_that_nobody_takes_stop_nothing_and_are_counted() -> None:
     assert popen.stdout.readline() == b"done\n"
     _, shown = popen.communicate(timeout=20)
     events = [json.loads(line) for line in shown.splitlines()]
-    dropped = sum(event["count"] for event in named(events, "log_lines_dropped"))
+    dropped = sum(event.get("lines_dropped", 0) for event in events)
     assert dropped > 1000
-    assert len(named(events, "line")) + dropped == 5000
+    assert len(events) + dropped == 5100
 
 
 @in_a_loop
@@ -5032,8 +5035,8 @@ async def test_stop_before_a_disk_that_stalls_is_bounded_and_says_what_is_lost(
             await eventually(lambda: health_is(client, 503))
             began_s = time.monotonic()
         assert time.monotonic() - began_s < 5
-    assert named(events, "failed")
-    assert named(events, "database_close_timeout") or named(events, "rows_lost")
+    assert named(events, "rows_lost")
+    assert named(events, "stopped")[0]["exit_code"] == 1
 
 
 @in_a_loop
@@ -6661,10 +6664,9 @@ async def test_connections_that_ended_leave_nothing_for_the_collector(database: 
 
 @in_a_loop
 async def test_full_collections_are_rare_while_it_serves(database: Path) -> None:
-    code = f"import atexit, gc, sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; "
-    code += (
-        "atexit.register(lambda: print('at the end', gc.get_threshold()[2], gc.get_freeze_count())); sys.exit(amhrpd.main([]))"
-    )
+    code = f"import gc, os, sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; end = os._exit\n"
+    code += "def show(code): print('at the end', gc.get_threshold()[2], gc.get_freeze_count(), flush=True); end(code)\n"
+    code += "os._exit = show; amhrpd.main([])"
     async with process_on(database, code=code) as (process, _):
         process.popen.terminate()
         assert await process.exit_code() == 0
