@@ -5295,8 +5295,6 @@ STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's 
 UPKEEP_INTERVAL_S = 1.0
 EVERY_ADDRESS = ("0.0.0.0", "::")  # either one means IPv4 and IPv6
 MAX_LOGGED_TEXT = 300  # of a value; boards and callers write most of them
-GATEWAY = web.AppKey("gateway", Gateway)
-STORE = web.AppKey("store", Store)
 
 # -- logging -----------------------------------------------------------------------------------------------------------
 
@@ -5394,22 +5392,16 @@ def configure_logging(level: str, log_format: str) -> LogLines:
     """One line an event, on stderr, in `log_format`; what libraries log becomes events. Whoever ends the process closes it."""
     if log_format == "auto":
         log_format = "journal" if is_stderr_the_journal() else "console" if sys.stderr.isatty() else "json"
-    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    theirs = structlog.processors
+    stamp = theirs.TimeStamper(fmt="iso", utc=True)
     endings: dict[str, list[structlog.typing.Processor]] = {
         "console": [stamp, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
         "journal": [_render_for_journal],  # which has its own time
-        "json": [stamp, structlog.processors.JSONRenderer(ensure_ascii=False)],
+        "json": [stamp, theirs.JSONRenderer(ensure_ascii=False)],
     }
     lines = LogLines()
     structlog.configure(
-        processors=[
-            Repeats(),
-            lines.admit,
-            structlog.processors.add_log_level,
-            structlog.processors.format_exc_info,
-            _tame,
-            *endings[log_format],
-        ],
+        processors=[Repeats(), lines.admit, theirs.add_log_level, theirs.format_exc_info, _tame, *endings[log_format]],
         logger_factory=lambda *_: lines,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
     )
@@ -5441,12 +5433,9 @@ def _render_for_journal(logger: Any, name: str, event: structlog.typing.EventDic
 
 
 def raise_open_files_limit() -> int:
-    """Ask for all open files that the system allows: shells give 1,024. Returns for how many connections. Raises StartError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < 2 * RESERVED_FILES:
-        raise StartError(f"the system allows {hard} open files (ulimit -n): it must be {2 * RESERVED_FILES} or more")
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    """Ask for all open files that the system allows: shells give 1,024. Returns for how many connections that is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard - RESERVED_FILES
 
 
@@ -5513,12 +5502,9 @@ def page_urls(scheme: str, host: str, port: int) -> str:
 def notify(*assignments: str) -> None:
     """Tell systemd such assignments as READY=1 (sd_notify(3)), where it listens."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-                out.setblocking(False)
-                out.sendto("\n".join(assignments).encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
-        except OSError as error:
-            log.warning("notify_failed", problem=str(error))
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.setblocking(False)
+            out.sendto("\n".join(assignments).encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
 def tell_progress(text: str) -> None:
@@ -5544,8 +5530,7 @@ async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop:
         if store.is_writer_alive:
             notify("WATCHDOG=1")
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(interval_s):
-                await stop.wait()
+            await asyncio.wait_for(stop.wait(), interval_s)
 
 
 async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
@@ -5554,7 +5539,6 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
     store = Store(settings)
     gateway = Gateway(settings, store)
     app = web.Application(client_max_size=MAX_BODY_BYTES)
-    app[GATEWAY], app[STORE] = gateway, store
     RestApi(settings, gateway, store).serve_in(app)
     runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
     await store.open(gateway.take_up, tell_progress)
@@ -5574,16 +5558,14 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
                 broker.start()
             way_out.push_async_callback(gateway.stop)  # boards and listeners are logged off
             way_out.callback(listener.close)
+            way_out.callback(log.info, "stopping")
+            way_out.callback(notify, "STOPPING=1", "STATUS=stopping")
             port = listener.sockets[0].getsockname()[1]
             urls = functools.partial(page_urls, "https" if tls_options else "http", settings.host, port)
             log.info("listening", open=urls(), address=settings.host, database=str(settings.database_path.absolute()))
             notify("READY=1")
             on_ready(port)
-            try:
-                await keep_up(gateway, store, urls, stop)
-            finally:
-                notify("STOPPING=1", "STATUS=stopping")
-                log.info("stopping", devices_online=gateway.registry.online)
+            await keep_up(gateway, store, urls, stop)
         exit_code = 0
     except StartError:
         raise
@@ -5649,8 +5631,10 @@ class SimulatedBoard:
         self._fleet, self._plan, self._number = fleet, fleet.plan, number
 
     async def live(self, stop: asyncio.Event) -> None:
-        """Connect, work, lose power, come back, until `stop` is set; then see what arrived, for CONFIRM_TIMEOUT_S at most."""
-        token = self._plan.device_token
+        """Connect, do what boards do, lose power, come back, until `stop` is set. A cut waits until all is there that was sent,
+        for CONFIRM_TIMEOUT_S at most.
+        """
+        token, cuts_a_minute = self._plan.device_token, self._plan.reconnect_rate
         await asyncio.sleep(self._number * self.POWER_ON_STEP_S)
         while not stop.is_set():
             try:
@@ -5663,28 +5647,24 @@ class SimulatedBoard:
                     ping_interval=None,
                     proxy=None,
                 ) as socket_:
-                    await self._work(socket_, stop)
+                    metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
+                    await self._send(socket_, "registration", metadata=metadata)
+                    first, self.is_up = self.snapshots, True
+                    self.times_up += 1
+                    works = (self._heartbeat(socket_), self._report(socket_), self._answer(socket_), stop.wait())
+                    tasks = [asyncio.create_task(work) for work in works]
+                    until_cut_s = random.expovariate(cuts_a_minute / 60) if cuts_a_minute else None
+                    await asyncio.wait(tasks, timeout=until_cut_s, return_when=asyncio.FIRST_COMPLETED)
+                    self.is_up = False
+                    await end_tasks(tasks)
+                    async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
+                        await (await socket_.ping())  # answered after all that came before it was handled
+                    self.confirmed.update(range(first, self.snapshots))
+                    socket_.transport.abort()  # a power cut has no close frame
             except (OSError, websockets.WebSocketException) as error:
                 self._fleet.errors.append(cause_of(error))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), random.uniform(*self.REBOOT_S))
-
-    async def _work(self, socket_: websockets.ClientConnection, stop: asyncio.Event) -> None:
-        """Do what boards do until a power cut, the connection's end or `stop`; then see that what was sent arrived."""
-        metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
-        await self._send(socket_, "registration", metadata=metadata)
-        first, self.is_up = self.snapshots, True
-        self.times_up += 1
-        until_cut_s = random.expovariate(self._plan.reconnect_rate / 60) if self._plan.reconnect_rate else None
-        works = (self._heartbeat(socket_), self._report(socket_), self._answer(socket_), stop.wait())
-        tasks = [asyncio.create_task(work) for work in works]
-        await asyncio.wait(tasks, timeout=until_cut_s, return_when=asyncio.FIRST_COMPLETED)
-        self.is_up = False
-        await end_tasks(tasks)
-        async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
-            await (await socket_.ping())  # answered after all that came before it was handled
-        self.confirmed.update(range(first, self.snapshots))
-        socket_.transport.abort()  # a power cut has no close frame
 
     async def _send(self, socket_: websockets.ClientConnection, message_type: str, **fields: object) -> None:
         await socket_.send(json.dumps({"message_type": message_type, "device_type": self._plan.device_type, **fields}))
@@ -5715,7 +5695,7 @@ class SimulatedBoard:
             await asyncio.sleep(self._plan.ack_delay_s)
             status = "failure" if random.random() < self._plan.failure_rate else "success"
             await self._send(socket_, "command_ack", command_id=message["command_id"], status=status)
-            self._fleet.acks[message["command_id"]][self.device_id] = time.monotonic()
+            self._fleet.acks[message["command_id"]].add(self.device_id)
 
 
 class Fleet:
@@ -5725,10 +5705,11 @@ class Fleet:
         self.plan = plan
         self.run = uuid.uuid4().hex[:8]  # tells its snapshots from those of another time
         self.messages = 0  # sent
-        self.acks: defaultdict[str, dict[str, float]] = defaultdict(dict)  # command_id -> device_id -> when sent (monotonic)
+        self.acks: defaultdict[str, set[str]] = defaultdict(set)  # command_id -> which boards sent theirs
         self.errors: list[str] = []
         self._boards = [SimulatedBoard(self, number) for number in range(1, plan.devices + 1)]
-        self._posts: dict[str, tuple[float, float, int]] = {}  # command_id -> posted, answered (monotonic), boards targeted
+        self._posts_s: list[float] = []  # how long each POST took ...
+        self._answers_s: list[float] = []  # ... and, by the gateway's own times, each command until all had answered
         self._missing: list[str] = []
         self._session: aiohttp.ClientSession
 
@@ -5745,9 +5726,9 @@ class Fleet:
                 if self.plan.duration_s:
                     asyncio.get_running_loop().call_later(self.plan.duration_s, stop.set)
                 boards = [asyncio.create_task(board.live(stop)) for board in self._boards]
-                tasks = [asyncio.create_task(work) for work in (self._show_progress(), self._send_commands())]
+                others = [asyncio.create_task(work) for work in (self._show_progress(), self._send_commands())]
                 await stop.wait()
-                await end_tasks(tasks)
+                await end_tasks(others)
                 await asyncio.gather(*boards)
                 worked_s = time.monotonic() - began_s
                 print("\nasking the gateway what it has kept …", file=sys.stderr)
@@ -5773,8 +5754,8 @@ class Fleet:
             body = {"device_type": self.plan.device_type, "command_name": "blink", "payload": {"count": number}}
             posted_s = time.monotonic()
             try:
-                answer = await self._ask("POST", "/command", body)
-                self._posts[answer["command_id"]] = (posted_s, time.monotonic(), answer["target_device_count"])
+                await self._ask("POST", "/command", body)
+                self._posts_s.append(time.monotonic() - posted_s)
             except NO_ANSWER as error:
                 self._missing.append(f"command {number}: {cause_of(error)}")
 
@@ -5798,36 +5779,33 @@ class Fleet:
             if lost := board.confirmed - kept:
                 self._missing.append(f"{board.device_id}: {len(lost)} of {board.snapshots} snapshots")
         for command_id, acks in self.acks.items():
-            answers = (await self._ask("GET", f"/command-logs/{command_id}")).get("response_data") or {}
-            if unknown := acks.keys() - answers.keys():
+            row = await self._ask("GET", f"/command-logs/{command_id}")
+            if unknown := acks - (row.get("response_data") or {}).keys():
                 self._missing.append(f"command {command_id}: {len(unknown)} acks")
+            if row.get("completed_at"):
+                created, completed = (datetime.fromisoformat(row[name]) for name in ("created_at", "completed_at"))
+                self._answers_s.append((completed - created).total_seconds())
         return found
 
     async def _kept(self, device_id: str) -> set[int]:
         """The numbers of a board's snapshots of this run, which are the newest in its history."""
-        kept: set[int] = set()
-        path = page = f"/state-history/{device_id}?limit=1000"
-        while states := (await self._ask("GET", page)).get("states"):
-            kept.update(state["state_data"]["seq"] for state in states if state["state_data"].get("run") == self.run)
-            page = f"{path}&before_id={states[-1]['id']}"
-            if states[-1]["state_data"].get("run") != self.run:
-                break
-        return kept
+        kept, before = set[int](), ""
+        while True:
+            states = (await self._ask("GET", f"/state-history/{device_id}?limit=1000{before}")).get("states", ())
+            ours = [state for state in states if state["state_data"].get("run") == self.run]
+            if not ours:
+                return kept
+            kept.update(state["state_data"]["seq"] for state in ours)
+            before = f"&before_id={ours[-1]['id']}"
 
     def _print_table(self, worked_s: float, found: int) -> None:
         sent, confirmed = sum(board.snapshots for board in self._boards), sum(len(board.confirmed) for board in self._boards)
-        posts_s = [answered_s - posted_s for posted_s, answered_s, _ in self._posts.values()]
-        whole_s = [
-            max(acks.values()) - self._posts[command_id][0]
-            for command_id, acks in self.acks.items()
-            if command_id in self._posts and len(acks) >= self._posts[command_id][2]
-        ]
         table = {
             "boards": f"{self.plan.devices} of type {self.plan.device_type}, {worked_s:.1f} s",
             "messages sent": f"{self.messages}, {self.messages / worked_s:.0f} a second",
             "acks sent": sum(map(len, self.acks.values())),
-            "POST /command": percentiles(posts_s),
-            "all boards acked": percentiles(whole_s),
+            "POST /command": percentiles(self._posts_s),
+            "all boards acked": percentiles(self._answers_s),
             "reconnects": sum(max(0, board.times_up - 1) for board in self._boards),
             "errors": f"{len(self.errors)}{f' (the last: {self.errors[-1]})' if self.errors else ''}",
             "snapshots": f"{sent} sent, {found} in the history, {sent - confirmed} not confirmed",
@@ -5856,6 +5834,9 @@ USES = """
   amhrpd.py simulate [flags]   play a fleet of boards against a running gateway, then ask it whether all that they
                                sent was kept: exit code 1 if anything is missing
 """
+
+Work = Callable[[asyncio.Event], Coroutine[Any, Any, int]]
+"""What ends early, and in order, when the event is set, with an exit code."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -5886,53 +5867,44 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; '{self.prog} --help' shows all flags")
 
 
-def _serve(words: Sequence[str]) -> NoReturn:
+def _gateway(words: Sequence[str]) -> tuple[Work, Callable[[], None]]:
     parser = Parser("", Settings, f"Gateway for ESP32 boards: WebSocket for boards, REST for callers, SQLite.\n{USES}")
     parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
     settings = Settings.load(vars(parser.parse_args(words)), os.environ)
-    lines = configure_logging(settings.log_level, settings.log_format)
     # Full garbage collections are made rare, five times as rare as by default: one stops the loop for about half a microsecond
     # an object, 80 ms with 1,000 boards, measured on a server. What was imported lives for ever: nothing to look through.
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], 50)
-    _run(functools.partial(serve, settings), lines.close)
+    return functools.partial(serve, settings), configure_logging(settings.log_level, settings.log_format).close
 
 
-def _simulate(words: Sequence[str]) -> NoReturn:
+def _fleet(words: Sequence[str]) -> tuple[Work, Callable[[], None]]:
     parser = Parser("simulate", FleetPlan, f"Play a fleet of boards against a running gateway.\n{USES}")
     raise_open_files_limit()
     plan = FleetPlan(**read_settings(FleetPlan, vars(parser.parse_args(words)), os.environ))
-    _run(Fleet(plan).play, sys.stdout.flush)
-
-
-def _run(work: Callable[[asyncio.Event], Coroutine[Any, Any, int]], flush: Callable[[], None]) -> NoReturn:
-    """Run something that ends early, and in order, when a signal sets its event; then end the process with its exit code.
-
-    The runner isn't closed: that waits, as Python's own end does, for threads that a disk or a resolver keeps.
-    """
-    runner, stop = asyncio.Runner(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            runner.get_loop().add_signal_handler(number, stop.set)
-    try:
-        exit_code = runner.run(work(stop))
-    finally:
-        flush()
-    os._exit(exit_code)
+    return Fleet(plan).play, sys.stdout.flush
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for, and end the process: with 0, or 1 for a failure. Returns 2 for a bad setting."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    use = words.pop(0) if words[:1] in (["serve"], ["simulate"]) else "serve"
     try:
-        if words[:1] == ["simulate"]:
-            _simulate(words[1:])
-        _serve(words[1:] if words[:1] == ["serve"] else words)
+        work, flush = (_fleet if use == "simulate" else _gateway)(words)
+        runner, stop = asyncio.Runner(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                runner.get_loop().add_signal_handler(number, stop.set)
+        try:
+            exit_code = runner.run(work(stop))
+        finally:
+            flush()
     except (ConfigError, StartError) as error:
         print(f"{'<3>' if is_stderr_the_journal() else ''}amhrpd: {error}", file=sys.stderr)
-        if isinstance(error, StartError):
-            os._exit(1)
-        return 2
+        if isinstance(error, ConfigError):
+            return 2
+        exit_code = 1
+    os._exit(exit_code)  # the loop's end, and Python's own, would wait for threads that a disk or a resolver keeps
 
 
 if __name__ == "__main__":
