@@ -4287,6 +4287,21 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "text.db").read_text() == "just some notes\n"
 
 
+@in_a_loop
+async def test_start_waits_for_no_name_that_does_not_resolve(database: Path) -> None:
+    code = (
+        f"import socket, sys, time; sys.path.insert(0, {str(HERE)!r}); import amhrpd\n"
+        "socket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
+        "amhrpd.LISTEN_TIMEOUT_S = 0.5\n"
+        "amhrpd.main(['--host', 'nobody.example'])"
+    )
+    process = Process(database, free_port(), {}, code)
+    began_s = time.monotonic()
+    assert await process.exit_code() == 1
+    assert time.monotonic() - began_s < 10
+    assert process.log == f"amhrpd: can't listen on nobody.example port {process.port}: TimeoutError\n"
+
+
 def test_variable_that_nobody_knows_ends_the_start_with_the_one_that_was_meant(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5337,6 +5352,38 @@ static void wait(void) { if (!access(getenv("FAULTS"), F_OK)) { write(2, "a sync
 int fdatasync(int fd) { wait(); return syscall(SYS_fdatasync, fd); }
 int fsync(int fd) { wait(); return syscall(SYS_fsync, fd); }
 """
+
+
+HANGING = """
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+/* While the file named by FAULTS is there, nothing that is written or synced comes back. */
+static void wait(void) { while (!access(getenv("FAULTS"), F_OK)) sleep(1); }
+long pwrite64(int fd, const void *data, size_t count, long at) { wait(); return syscall(SYS_pwrite64, fd, data, count, at); }
+int fdatasync(int fd) { wait(); return syscall(SYS_fdatasync, fd); }
+"""
+
+
+@needing_gcc
+@in_a_loop
+async def test_stop_waits_for_no_thread_that_hangs_on_the_disk(database: Path, tmp_path: Path) -> None:
+    faults = tmp_path / "faults.on"
+    environ = {"LD_PRELOAD": library_of(HANGING, tmp_path), "FAULTS": str(faults)}
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; amhrpd.STORE_CLOSE_TIMEOUT_S = 0.5; amhrpd.main([])"
+    async with process_on(database, code=code, **environ) as (process, client):
+        async with client.board("a") as board:
+            faults.touch()
+            await say(board, "status", payload={"a": 1})
+            await eventually(lambda: health_is(client, 503))
+            process.popen.terminate()
+            began_s = time.monotonic()
+            assert await closed_with(board) == 1001
+        assert await process.exit_code() == 1
+        assert time.monotonic() - began_s < 5
+    events = [json.loads(line) for line in process.log.splitlines()]
+    assert named(events, "rows_lost")
+    assert (events[-1]["event"], events[-1]["exit_code"]) == ("stopped", 1)
 
 
 @needing_gcc
