@@ -44,7 +44,6 @@ import hmac
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import operator
 import os
@@ -156,7 +155,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls_cert: Annotated[Path | None, about("certificate chain (PEM): serve https and wss")] = None
     tls_key: Annotated[Path | None, about("the certificate's private key (PEM)")] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("least level logged")] = "info"
-    log_format: Annotated[LogFormat, about("auto is console on a terminal, journal under systemd, else json")] = "auto"
+    log_format: Annotated[LogFormat, about("auto is console on a terminal, else json; journal is for systemd")] = "auto"
 
     def __post_init__(self) -> None:
         if not self.gateway_id:
@@ -5299,17 +5298,25 @@ MAX_LOGGED_TEXT = 300  # of a value; boards and callers write most of them
 # -- logging -----------------------------------------------------------------------------------------------------------
 
 
-class LogLines(threading.Thread):
-    """Lines on their way to stderr, which this thread writes: one that stalls stops no robot, nor an exit."""
+class LogLines(logging.Handler):
+    """Lines on their way to stderr, which a thread writes: one that stalls stops no robot, nor an exit. What libraries log
+    becomes events. `logging.shutdown` closes it.
+    """
 
     MAX_LINES = 10_000
     CLOSE_TIMEOUT_S = 1.0
 
     def __init__(self) -> None:
-        super().__init__(name="log", daemon=True)
+        super().__init__()
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._dropped = 0
-        self.start()
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """What `logging` calls. The problem is the text before anything is put in: it is what repeats itself."""
+        about = {"library": record.name, "problem": str(record.msg).partition("\n")[0], "text": record.getMessage()}
+        log.log(record.levelno, "library_message", **about, exc_info=record.exc_info)
 
     def admit(self, _: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         """A processor of structlog: drop an event while MAX_LINES wait, and say with the next one how many it were."""
@@ -5326,27 +5333,18 @@ class LogLines(threading.Thread):
 
     debug = info = warning = error = critical = msg
 
-    def run(self) -> None:
-        """Write past Python's own buffer, whose lock would hold up the exit."""
+    def close(self) -> None:
+        """Return when all is written, after CLOSE_TIMEOUT_S at the latest."""
+        self._lines.put(None)
+        self._thread.join(self.CLOSE_TIMEOUT_S)
+        super().close()
+
+    def _write(self) -> None:
         for line in iter(self._lines.get, None):
             data = f"{line}\n".encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError):  # who read it went away
                 while data:
-                    data = data[os.write(2, data) :]
-
-    def close(self) -> None:
-        """Return when all is written, after CLOSE_TIMEOUT_S at the latest."""
-        self._lines.put(None)
-        self.join(self.CLOSE_TIMEOUT_S)
-
-
-class LibraryHandler(logging.Handler):
-    """Makes events of what libraries log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """What `logging` calls. The problem is the text before anything is put in: it is what repeats itself."""
-        about = {"library": record.name, "problem": str(record.msg).partition("\n")[0], "text": record.getMessage()}
-        log.log(record.levelno, "library_message", **about, exc_info=record.exc_info)
+                    data = data[os.write(2, data) :]  # past Python's own buffer, whose lock would hold up the exit
 
 
 class Repeats:
@@ -5359,7 +5357,7 @@ class Repeats:
     MAX_KEYS = 1000  # whoever makes up more in a minute shares one an event
 
     def __init__(self) -> None:
-        self._passed: dict[int, tuple[float, int]] = {}  # by hash, oldest first: when, and how many were dropped since then
+        self._passed: dict[int, tuple[float, int]] = {}  # by hash, latest last: when, and how many were dropped since
 
     def __call__(self, _: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         """Return the event, or raise DropEvent."""
@@ -5373,25 +5371,18 @@ class Repeats:
                 del self._passed[oldest]
             else:
                 key = hash(event["event"])
-        passed_s, dropped = self._passed.get(key, (-math.inf, 0))
+        passed_s, dropped = self._passed.pop(key, (-math.inf, 0))
         if passed_s > earliest_s:
             self._passed[key] = passed_s, dropped + 1
             raise structlog.DropEvent
-        self._passed.pop(key, None)
         self._passed[key] = time.monotonic(), 0
         return {**event, "repeats": dropped} if dropped else event
 
 
-def is_stderr_the_journal() -> bool:
-    """Whether stderr is the stream that JOURNAL_STREAM names by device and inode: children inherit the variable alone."""
-    stream = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
-
-
 def configure_logging(level: str, log_format: str) -> LogLines:
-    """One line an event, on stderr, in `log_format`; what libraries log becomes events. Whoever ends the process closes it."""
+    """One line an event, on stderr, in `log_format`."""
     if log_format == "auto":
-        log_format = "journal" if is_stderr_the_journal() else "console" if sys.stderr.isatty() else "json"
+        log_format = "console" if sys.stderr.isatty() else "json"
     theirs = structlog.processors
     stamp = theirs.TimeStamper(fmt="iso", utc=True)
     endings: dict[str, list[structlog.typing.Processor]] = {
@@ -5405,7 +5396,7 @@ def configure_logging(level: str, log_format: str) -> LogLines:
         logger_factory=lambda *_: lines,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
     )
-    logging.basicConfig(handlers=[LibraryHandler()], level=level.upper(), force=True)
+    logging.basicConfig(handlers=[lines], level=level.upper(), force=True)
     for library in ("asyncio", "aiohttp.websocket"):  # slow callbacks; subprotocols that boards offer
         logging.getLogger(library).setLevel(logging.ERROR)
     return lines
@@ -5584,7 +5575,6 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
 
 URL_PATTERN = r"\Ahttps?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:([1-5]?[0-9]{1,4}|6[0-5][0-9]{3}))?/?\Z"
 Url = Annotated[str, text_like(URL_PATTERN, "http://host:port or https://host:port")]
-CommandCount = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 # What a question to the gateway can end with; a timeout is an OSError, an answer that is no JSON a ValueError.
 NO_ANSWER = (OSError, aiohttp.ClientError, LookupError, ValueError)
 
@@ -5600,7 +5590,7 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     ack_delay_s: Annotated[float, number(0, 300, "seconds that a board takes to answer a command")] = 0.0015
     failure_rate: Annotated[float, number(0, 1, "share of commands answered with a failure")] = 0.0
     reconnect_rate: Annotated[float, number(0, 600, "power cuts a board and minute, at random")] = 0.0
-    commands: Annotated[CommandCount | None, about("how many commands to all boards; one every 3 s if left out")] = None
+    commands: Annotated[int, number(-1, 1_000_000, "how many commands to all boards; -1 is one every 3 s")] = -1
     duration_s: Annotated[float, number(0, 86400, "seconds to play, 0 is until Ctrl-C")] = 30.0
     api_token: Token | None = None
     device_token: Token | None = None
@@ -5748,8 +5738,8 @@ class Fleet:
     async def _send_commands(self) -> None:
         """Send as many commands as planned, evenly over the duration."""
         count = self.plan.commands
-        interval_s = self.plan.duration_s / (count + 1) if count and self.plan.duration_s else 3.0
-        for number in itertools.count() if count is None else range(count):
+        interval_s = self.plan.duration_s / (count + 1) if count > 0 and self.plan.duration_s else 3.0
+        for number in itertools.count() if count < 0 else range(count):
             await asyncio.sleep(interval_s)
             body = {"device_type": self.plan.device_type, "command_name": "blink", "payload": {"count": number}}
             posted_s = time.monotonic()
@@ -5855,10 +5845,9 @@ class Parser(argparse.ArgumentParser):
         )
         for name, flag in flags.items():
             field = fields[name]
-            default = "" if field.default in (None, "") else str(field.default)
-            variable = variable_of(name) if kind is Settings else ""
-            notes = " ".join(filter(None, (variable, default and f"default {default}")))
-            text = f"{schema_of(field.type)['description']}; {requirement(field.type)}{notes and f' [{notes}]'}"
+            notes = [variable_of(name)] if kind is Settings else []
+            notes += [f"default {field.default}"] if field.default not in (None, "") else []
+            text = f"{schema_of(field.type)['description']}; {requirement(field.type)} [{' '.join(notes)}]".removesuffix(" []")
             metavar = "S" if name.endswith("_s") else name.rpartition("_")[2].upper()
             self.add_argument(flag, dest=name, metavar=metavar, help=text.replace("%", "%%"))
 
@@ -5867,22 +5856,23 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; '{self.prog} --help' shows all flags")
 
 
-def _gateway(words: Sequence[str]) -> tuple[Work, Callable[[], None]]:
+def _gateway(words: Sequence[str]) -> Work:
     parser = Parser("", Settings, f"Gateway for ESP32 boards: WebSocket for boards, REST for callers, SQLite.\n{USES}")
     parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
     settings = Settings.load(vars(parser.parse_args(words)), os.environ)
+    configure_logging(settings.log_level, settings.log_format)
     # Full garbage collections are made rare, five times as rare as by default: one stops the loop for about half a microsecond
     # an object, 80 ms with 1,000 boards, measured on a server. What was imported lives for ever: nothing to look through.
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], 50)
-    return functools.partial(serve, settings), configure_logging(settings.log_level, settings.log_format).close
+    return functools.partial(serve, settings)
 
 
-def _fleet(words: Sequence[str]) -> tuple[Work, Callable[[], None]]:
+def _fleet(words: Sequence[str]) -> Work:
     parser = Parser("simulate", FleetPlan, f"Play a fleet of boards against a running gateway.\n{USES}")
     raise_open_files_limit()
     plan = FleetPlan(**read_settings(FleetPlan, vars(parser.parse_args(words)), os.environ))
-    return Fleet(plan).play, sys.stdout.flush
+    return Fleet(plan).play
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -5890,20 +5880,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     use = words.pop(0) if words[:1] in (["serve"], ["simulate"]) else "serve"
     try:
-        work, flush = (_fleet if use == "simulate" else _gateway)(words)
+        work = (_fleet if use == "simulate" else _gateway)(words)
         runner, stop = asyncio.Runner(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 runner.get_loop().add_signal_handler(number, stop.set)
-        try:
-            exit_code = runner.run(work(stop))
-        finally:
-            flush()
+        exit_code = runner.run(work(stop))
     except (ConfigError, StartError) as error:
-        print(f"{'<3>' if is_stderr_the_journal() else ''}amhrpd: {error}", file=sys.stderr)
+        print(f"amhrpd: {error}", file=sys.stderr)
         if isinstance(error, ConfigError):
             return 2
         exit_code = 1
+    logging.shutdown()
+    sys.stdout.flush()
     os._exit(exit_code)  # the loop's end, and Python's own, would wait for threads that a disk or a resolver keeps
 
 
