@@ -5825,9 +5825,6 @@ USES = """
                                sent was kept: exit code 1 if anything is missing
 """
 
-Work = Callable[[asyncio.Event], Coroutine[Any, Any, int]]
-"""What ends early, and in order, when the event is set, with an exit code."""
-
 
 class Parser(argparse.ArgumentParser):
     """A flag for each setting of a type. What can't be parsed raises ConfigError: one line, not the whole usage."""
@@ -5856,7 +5853,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; '{self.prog} --help' shows all flags")
 
 
-def _gateway(words: Sequence[str]) -> Work:
+def _gateway(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, Any, int]]:
     parser = Parser("", Settings, f"Gateway for ESP32 boards: WebSocket for boards, REST for callers, SQLite.\n{USES}")
     parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
     settings = Settings.load(vars(parser.parse_args(words)), os.environ)
@@ -5868,7 +5865,7 @@ def _gateway(words: Sequence[str]) -> Work:
     return functools.partial(serve, settings)
 
 
-def _fleet(words: Sequence[str]) -> Work:
+def _fleet(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, Any, int]]:
     parser = Parser("simulate", FleetPlan, f"Play a fleet of boards against a running gateway.\n{USES}")
     raise_open_files_limit()
     plan = FleetPlan(**read_settings(FleetPlan, vars(parser.parse_args(words)), os.environ))
