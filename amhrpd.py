@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import asyncio.sslproto
-import atexit
 import base64
 import contextlib
 import dataclasses
@@ -41,7 +40,6 @@ import hmac
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import operator
 import os
@@ -62,7 +60,7 @@ import time
 import urllib.parse
 import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -152,7 +150,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls_cert: Annotated[str | None, about("certificate chain (PEM): serve https and wss")] = None
     tls_key: Annotated[str | None, about("the certificate's private key (PEM)")] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("least level logged")] = "info"
-    log_format: Annotated[LogFormat, about("auto is console on a terminal, journal under systemd, else json")] = "auto"
+    log_format: Annotated[LogFormat, about("auto is console on a terminal, else json; journal is for systemd")] = "auto"
 
     def __post_init__(self) -> None:
         if not self.gateway_id:
@@ -4983,6 +4981,7 @@ class Broker:
 RESERVED_FILES = 100  # of those the process may have open: for the database, the log, and what Python itself needs
 ACCEPTED_AT_ONCE = 8  # in a turn of the loop: their handshakes take it some 5 ms, then commands have theirs
 BACKLOG = 1024  # connections that wait to be let in, a fleet after a power cut; the kernel caps it at net.core.somaxconn
+LISTEN_TIMEOUT_S = 10.0  # for the look-up of a name
 TLS_HANDSHAKE_TIMEOUT_S = 5.0  # an ESP32 takes one to three
 CONNECTION_OPTIONS: dict[str, Any] = {
     "access_log": None,  # the lines would cost more than the requests
@@ -4994,69 +4993,57 @@ STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's 
 UPKEEP_INTERVAL_S = 1.0
 EVERY_ADDRESS = ("0.0.0.0", "::")  # either one means IPv4 and IPv6
 MAX_LOGGED_TEXT = 300  # of a value; boards and callers write most of them
-GATEWAY = web.AppKey("gateway", Gateway)
-STORE = web.AppKey("store", Store)
 
 # -- logging -----------------------------------------------------------------------------------------------------------
 
 
-class LogLines(logging.handlers.QueueListener):
-    """Lines on their way to stderr, which a thread of its own writes: a terminal or a journal that stalls must stop no robot,
-    nor an exit. Those over the limit are dropped, and how many is said once half of what waited is written.
+class LogLines(logging.Handler):
+    """Lines on their way to stderr, which a thread writes: one that stalls stops no robot, nor an exit. What libraries log
+    becomes events. `logging.shutdown` closes it.
     """
 
     MAX_LINES = 10_000
     CLOSE_TIMEOUT_S = 1.0
 
     def __init__(self) -> None:
-        self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
+        super().__init__()
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._dropped = 0
-        super().__init__(self._lines)
-        self.start()
-        atexit.register(self.close)
-
-    def msg(self, line: str) -> None:
-        """What structlog calls with a line."""
-        self._say_what_was_dropped()
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
-            self._dropped += 1
-
-    debug = info = warning = error = critical = msg
-
-    def handle(self, record: Any) -> None:
-        """What the thread calls with a line."""
-        line = f"{record}\n".encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError):  # who read it went away
-            while line:
-                line = line[os.write(2, line) :]
-
-    def close(self) -> None:
-        """Wait until all is written, CLOSE_TIMEOUT_S at the most."""
-        deadline_s = time.monotonic() + self.CLOSE_TIMEOUT_S
-        while (self._dropped or self._lines.unfinished_tasks) and time.monotonic() < deadline_s:
-            self._say_what_was_dropped()
-            time.sleep(0.005)
-        with contextlib.suppress(queue.Full):
-            self.enqueue_sentinel()
-
-    def _say_what_was_dropped(self) -> None:
-        if self._dropped and self._lines.qsize() <= self.MAX_LINES // 2:  # not each time that there is room for one line
-            count, self._dropped = self._dropped, 0
-            log.warning("log_lines_dropped", count=count)
-
-
-class LibraryHandler(logging.Handler):
-    """Makes events of what libraries log."""
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """What `logging` calls. The problem is the text before anything is put in: it is what repeats itself."""
-        try:
-            about = {"library": record.name, "problem": str(record.msg).partition("\n")[0], "text": record.getMessage()}
-            log.log(record.levelno, "library_message", **about, exc_info=record.exc_info)
-        except (TypeError, ValueError, LookupError):  # what is to be put in doesn't fit
-            self.handleError(record)
+        about = {"library": record.name, "problem": str(record.msg).partition("\n")[0], "text": record.getMessage()}
+        log.log(record.levelno, "library_message", **about, exc_info=record.exc_info)
+
+    def admit(self, _: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """A processor of structlog: drop an event while MAX_LINES wait, and say with the next one how many it were."""
+        if self._lines.qsize() >= self.MAX_LINES:
+            self._dropped += 1
+            raise structlog.DropEvent
+        if self._dropped:
+            event["lines_dropped"], self._dropped = self._dropped, 0
+        return event
+
+    def msg(self, line: str) -> None:
+        """What structlog calls with a line."""
+        self._lines.put(line)
+
+    debug = info = warning = error = critical = msg
+
+    def close(self) -> None:
+        """Return when all is written, after CLOSE_TIMEOUT_S at the latest."""
+        self._lines.put(None)
+        self._thread.join(self.CLOSE_TIMEOUT_S)
+        super().close()
+
+    def _write(self) -> None:
+        for line in iter(self._lines.get, None):
+            data = f"{line}\n".encode("utf-8", "backslashreplace")
+            with contextlib.suppress(OSError):  # who read it went away
+                while data:
+                    data = data[os.write(2, data) :]  # past Python's own buffer, whose lock would hold up the exit
 
 
 class Repeats:
@@ -5066,61 +5053,49 @@ class Repeats:
     """
 
     WINDOW_S = 60.0
-    MAX_KEYS = 1000  # whoever makes up more shares one an event
+    MAX_KEYS = 1000  # whoever makes up more in a minute shares one an event
 
     def __init__(self) -> None:
-        self._began_s = -math.inf  # the minute
-        self._passed: set[tuple[str, ...]] = set()  # in this minute
-        self._dropped: Counter[tuple[str, ...]] = Counter()  # and not yet said
+        self._passed: dict[int, tuple[float, int]] = {}  # by hash, latest last: when, and how many were dropped since
 
-    def __call__(self, _: Any, level: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    def __call__(self, _: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         """Return the event, or raise DropEvent."""
         about = event.get("device_id") or event.get("peer") or event.get("problem")
-        kind = event.get("type") or event.get("error_code")  # boards write it
-        key: tuple[str, ...] = event["event"], str(about)[:MAX_LOGGED_TEXT], str(kind)[:MAX_LOGGED_TEXT]
         if "command_id" in event or (about is None and "exc_info" not in event):
             return event
-        if time.monotonic() - self._began_s >= self.WINDOW_S:
-            self._began_s = time.monotonic()
-            self._passed.clear()
+        earliest_s = time.monotonic() - self.WINDOW_S
+        key = hash((event["event"], about, str(event.get("type") or event.get("error_code"))))
         if key not in self._passed and len(self._passed) >= self.MAX_KEYS:
-            key = key[:1]
-        if key in self._passed:
-            self._dropped[key] += 1
+            if self._passed[oldest := next(iter(self._passed))][0] <= earliest_s:
+                del self._passed[oldest]
+            else:
+                key = hash(event["event"])
+        passed_s, dropped = self._passed.pop(key, (-math.inf, 0))
+        if passed_s > earliest_s:
+            self._passed[key] = passed_s, dropped + 1
             raise structlog.DropEvent
-        self._passed.add(key)
-        if len(self._dropped) > self.MAX_KEYS:
-            self._dropped.clear()
-        dropped = self._dropped.pop(key, 0)
+        self._passed[key] = time.monotonic(), 0
         return {**event, "repeats": dropped} if dropped else event
 
 
-def is_stderr_the_journal() -> bool:
-    """Whether stderr is the stream that JOURNAL_STREAM names by device and inode: children inherit the variable alone."""
-    stream = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
-
-
 def configure_logging(level: str, log_format: str) -> LogLines:
-    """One line an event, on stderr, in `log_format`; what libraries log becomes events."""
+    """One line an event, on stderr, in `log_format`."""
     if log_format == "auto":
-        log_format = "journal" if is_stderr_the_journal() else "console" if sys.stderr.isatty() else "json"
-    renderers: dict[str, structlog.typing.Processor] = {
-        "console": structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        "journal": _render_for_journal,
-        "json": structlog.processors.JSONRenderer(ensure_ascii=False),
+        log_format = "console" if sys.stderr.isatty() else "json"
+    theirs = structlog.processors
+    stamp = theirs.TimeStamper(fmt="iso", utc=True)
+    endings: dict[str, list[structlog.typing.Processor]] = {
+        "console": [stamp, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
+        "journal": [_render_for_journal],  # which has its own time
+        "json": [stamp, theirs.JSONRenderer(ensure_ascii=False)],
     }
-    processors: list[structlog.typing.Processor] = [Repeats(), structlog.processors.add_log_level]
-    processors += [structlog.processors.format_exc_info, _tame]
-    if log_format != "journal":  # which has its own time
-        processors.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
     lines = LogLines()
     structlog.configure(
-        processors=[*processors, renderers[log_format]],
+        processors=[Repeats(), lines.admit, theirs.add_log_level, theirs.format_exc_info, _tame, *endings[log_format]],
         logger_factory=lambda *_: lines,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
     )
-    logging.basicConfig(handlers=[LibraryHandler()], level=level.upper(), force=True)
+    logging.basicConfig(handlers=[lines], level=level.upper(), force=True)
     for library in ("asyncio", "aiohttp.websocket"):  # slow callbacks; subprotocols that boards offer
         logging.getLogger(library).setLevel(logging.ERROR)
     return lines
@@ -5148,12 +5123,9 @@ def _render_for_journal(logger: Any, name: str, event: structlog.typing.EventDic
 
 
 def raise_open_files_limit() -> int:
-    """Ask for all open files that the system allows: shells give 1,024. Returns for how many connections. Raises StartError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < 2 * RESERVED_FILES:
-        raise StartError(f"the system allows {hard} open files (ulimit -n): it must be {2 * RESERVED_FILES} or more")
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    """Ask for all open files that the system allows: shells give 1,024. Returns for how many connections that is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard - RESERVED_FILES
 
 
@@ -5163,15 +5135,10 @@ class TlsConnection(asyncio.sslproto.SSLProtocol):
     max_size = 16 << 10  # a TLS record; asyncio would read 256 KiB at once, into a buffer for each connection
 
     def _wakeup_waiter(self, exc: BaseException | None = None) -> None:
-        # Nobody waits for a handshake's error. Before Python 3.13 the frames of its traceback, which hold it, would keep
-        # all of the connection until a full collection: 270 MB after 12,000 of them.
+        # Nobody waits for a handshake's error, whose traceback would keep all of the connection (before Python 3.13).
         super()._wakeup_waiter()
         if exc is not None:
             exc.__traceback__ = None
-
-
-def _no_password() -> str:
-    raise ValueError("the key is encrypted, and a service has nobody to ask for its password")
 
 
 def _tls_options(settings: Settings) -> dict[str, Any]:
@@ -5180,17 +5147,15 @@ def _tls_options(settings: Settings) -> dict[str, Any]:
         return {}
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=_no_password)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise StartError(f"can't use the certificate {settings.tls_cert} with {settings.tls_key}: {reason}") from None
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")  # a service has nobody to ask for one
+    except OSError as error:
+        files = f"the certificate {settings.tls_cert} with {settings.tls_key}, which must not be encrypted"
+        raise StartError(f"can't use {files}: {error.strerror or error}") from None
     asyncio.sslproto.SSLProtocol = TlsConnection  # type: ignore[misc] # asyncio has no argument for it
     return {"ssl": context, "ssl_handshake_timeout": TLS_HANDSHAKE_TIMEOUT_S}
 
 
-async def listen(
-    settings: Settings, connection: Callable[[], HttpConnection], tls_options: Mapping[str, Any]
-) -> asyncio.Server:
+async def listen(settings: Settings, connection: Callable[[], HttpConnection], tls: Mapping[str, Any]) -> asyncio.Server:
     """Let connections in at every address of the host, all by one port. Raises StartError."""
     host, port = None if settings.host in EVERY_ADDRESS else settings.host, settings.port
     try:
@@ -5198,16 +5163,15 @@ async def listen(
             with socket.create_server(("", 0)) as probe:
                 port = probe.getsockname()[1]
         loop = asyncio.get_running_loop()
-        listener = await loop.create_server(connection, host, port, backlog=ACCEPTED_AT_ONCE, **tls_options)
+        async with asyncio.timeout(LISTEN_TIMEOUT_S):
+            listener = await loop.create_server(connection, host, port, backlog=ACCEPTED_AT_ONCE, **tls)
         for accepting in listener.sockets:
             with accepting.dup() as waiting:
                 waiting.listen(BACKLOG)  # asyncio has one number for both: with 1,024 for both 5,000 boards took 20 s
         return listener
     except (OSError, UnicodeError) as error:
-        # A resolver's numbers are negative and no errno; from Python 3.13 on there is none where all addresses are others'.
-        number = getattr(error, "errno", 0)
-        number = errno.EADDRNOTAVAIL if number is None else number
-        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", error)
+        number = getattr(error, "errno", None) or 0  # a resolver's are negative
+        reason = os.strerror(number) if number > 0 else cause_of(error)
         raise StartError(f"can't listen on {settings.host} port {settings.port}: {reason}") from None
 
 
@@ -5228,40 +5192,15 @@ def page_urls(scheme: str, host: str, port: int) -> str:
 def notify(*assignments: str) -> None:
     """Tell systemd such assignments as READY=1 (sd_notify(3)), where it listens."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-                out.setblocking(False)
-                out.sendto("\n".join(assignments).encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
-        except OSError as error:
-            log.warning("notify_failed", problem=str(error))
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.setblocking(False)
+            out.sendto("\n".join(assignments).encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
 def tell_progress(text: str) -> None:
     """What a start is busy with, for the log and for systemd, which then waits ten minutes for the next such news."""
     log.info("starting", progress=text)
     notify(f"STATUS={text}", "EXTEND_TIMEOUT_USEC=600000000")
-
-
-def build_app(settings: Settings) -> web.Application:
-    """The gateway as an aiohttp application. The store opens and closes with it.
-
-    Whoever runs it awaits `app[GATEWAY].stop()` before its clean-up, which is deaf to the boards' close replies.
-    """
-    store = Store(settings)
-    gateway = Gateway(settings, store)
-    app = web.Application(client_max_size=MAX_BODY_BYTES)
-    app[GATEWAY], app[STORE] = gateway, store
-    RestApi(settings, gateway, store).serve_in(app)
-
-    async def run_store(_: web.Application) -> AsyncIterator[None]:
-        await store.open(gateway.take_up, tell_progress)
-        gateway.dispatch.start()
-        yield
-        if not await store.close(STORE_CLOSE_TIMEOUT_S):
-            raise GatewayError(Code.STORE_UNAVAILABLE, "the database could not be closed as it should be")
-
-    app.cleanup_ctx.append(run_store)
-    return app
 
 
 async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop: asyncio.Event) -> None:
@@ -5281,52 +5220,50 @@ async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop:
         if store.is_writer_alive:
             notify("WATCHDOG=1")
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(interval_s):
-                await stop.wait()
-
-
-async def log_everybody_off(gateway: Gateway, listener: asyncio.Server) -> None:
-    """Let nobody in any more, and log every board off."""
-    notify("STOPPING=1", "STATUS=stopping")
-    log.info("stopping", devices_online=gateway.registry.online)
-    listener.close()
-    await gateway.stop()
+            await asyncio.wait_for(stop.wait(), interval_s)
 
 
 async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
-    """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError.
-
-    A stop: nobody is let in, boards and listeners are logged off (`Gateway.stop`), the broker is told; then answers that are
-    under way end, the store writes what is queued and closes the file (`runner.cleanup`).
-    """
+    """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError."""
     limit, tls_options = raise_open_files_limit(), _tls_options(settings)
-    app = build_app(settings)
-    gateway, store = app[GATEWAY], app[STORE]
+    store = Store(settings)
+    gateway = Gateway(settings, store)
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    RestApi(settings, gateway, store).serve_in(app)
     runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
-    exit_code = 0
+    await store.open(gateway.take_up, tell_progress)
+    exit_code = 1
     try:
         async with contextlib.AsyncExitStack() as way_out:  # each of its steps is taken, whatever became of the others
-            way_out.push_async_callback(runner.cleanup)
+            gateway.dispatch.start()
             await runner.setup()
+            way_out.push_async_callback(runner.cleanup)  # answers that are under way end
             assert runner.server is not None
-            connection = functools.partial(HttpConnection, runner.server, gateway, limit, **CONNECTION_OPTIONS)
-            listener = await listen(settings, functools.partial(connection, loop=asyncio.get_running_loop()), tls_options)
+            options = CONNECTION_OPTIONS | {"loop": asyncio.get_running_loop()}
+            connection = functools.partial(HttpConnection, runner.server, gateway, limit, **options)
+            listener = await listen(settings, connection, tls_options)
             if settings.mqtt_url:
                 broker = Broker(settings, gateway)
                 way_out.push_async_callback(broker.stop)
                 broker.start()
-            way_out.push_async_callback(log_everybody_off, gateway, listener)
+            way_out.push_async_callback(gateway.stop)  # boards and listeners are logged off
+            way_out.callback(listener.close)
+            way_out.callback(log.info, "stopping")
+            way_out.callback(notify, "STOPPING=1", "STATUS=stopping")
             port = listener.sockets[0].getsockname()[1]
             urls = functools.partial(page_urls, "https" if tls_options else "http", settings.host, port)
             log.info("listening", open=urls(), address=settings.host, database=str(settings.database_path.absolute()))
             notify("READY=1")
             on_ready(port)
             await keep_up(gateway, store, urls, stop)
+        exit_code = 0
     except StartError:
         raise
     except Exception as error:
-        exit_code = 1
         log.error("failed", error=str(error), exc_info=not isinstance(error, GatewayError))
+    finally:
+        if not await store.close(STORE_CLOSE_TIMEOUT_S):
+            exit_code = 1
     log.info("stopped", exit_code=exit_code)
     return exit_code
 
@@ -5336,10 +5273,9 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
 # ======================================================================================================================
 
 URL_PATTERN = r"\Ahttps?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:([1-5]?[0-9]{1,4}|6[0-5][0-9]{3}))?/?\Z"
+Url = Annotated[str, text_like(URL_PATTERN, "http://host:port or https://host:port")]
 # What a question to the gateway can end with; a timeout is an OSError, an answer that is no JSON a ValueError.
 NO_ANSWER = (OSError, aiohttp.ClientError, LookupError, ValueError)
-Url = Annotated[str, text_like(URL_PATTERN, "http://host:port or https://host:port")]
-CommandCount = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 
 
 class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -5353,7 +5289,7 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     ack_delay_s: Annotated[float, number(0, 300, "seconds that a board takes to answer a command")] = 0.0015
     failure_rate: Annotated[float, number(0, 1, "share of commands answered with a failure")] = 0.0
     reconnect_rate: Annotated[float, number(0, 600, "power cuts a board and minute, at random")] = 0.0
-    commands: Annotated[CommandCount | None, about("how many commands to all boards; one every 3 s if left out")] = None
+    commands: Annotated[int, number(-1, 1_000_000, "how many commands to all boards; -1 is one every 3 s")] = -1
     duration_s: Annotated[float, number(0, 86400, "seconds to play, 0 is until Ctrl-C")] = 30.0
     api_token: Token | None = None
     device_token: Token | None = None
@@ -5383,52 +5319,45 @@ class SimulatedBoard:
         self.confirmed: set[int] = set()  # those that the gateway has handled for certain
         self._fleet, self._plan, self._number = fleet, fleet.plan, number
 
-    async def live(self) -> NoReturn:
-        """Connect, work, lose power, come back, until cancelled; then see what arrived, for CONFIRM_TIMEOUT_S at most."""
-        token = self._plan.device_token
+    async def live(self, stop: asyncio.Event) -> None:
+        """Connect, do what boards do, lose power, come back, until `stop` is set. A cut waits until all is there that was sent,
+        for CONFIRM_TIMEOUT_S at most.
+        """
+        token, cuts_a_minute = self._plan.device_token, self._plan.reconnect_rate
         await asyncio.sleep(self._number * self.POWER_ON_STEP_S)
-        while True:
+        while not stop.is_set():
             try:
                 async with websockets.connect(
                     f"{self._plan.url.rstrip('/').replace('http', 'ws', 1)}/ws/{self.device_id}",
                     origin=websockets.Origin("file://"),
                     subprotocols=[websockets.Subprotocol("arduino")],
-                    user_agent_header="arduino-WebSocket-Client",
                     additional_headers={"Authorization": aiohttp.encode_basic_auth("board", token)} if token else {},
                     compression=None,
                     ping_interval=None,
-                    max_size=MAX_COMMAND_FRAME_BYTES,
                     proxy=None,
                 ) as socket_:
-                    await self._work(socket_)
+                    metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
+                    await self._send(socket_, "registration", metadata=metadata)
+                    first, self.is_up = self.snapshots, True
+                    self.times_up += 1
+                    works = (self._heartbeat(socket_), self._report(socket_), self._answer(socket_), stop.wait())
+                    tasks = [asyncio.create_task(work) for work in works]
+                    until_cut_s = random.expovariate(cuts_a_minute / 60) if cuts_a_minute else None
+                    await asyncio.wait(tasks, timeout=until_cut_s, return_when=asyncio.FIRST_COMPLETED)
+                    self.is_up = False
+                    await end_tasks(tasks)
+                    async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
+                        await (await socket_.ping())  # answered after all that came before it was handled
+                    self.confirmed.update(range(first, self.snapshots))
+                    socket_.transport.abort()  # a power cut has no close frame
             except (OSError, websockets.WebSocketException) as error:
-                self._fleet.note_error(error)
-            await asyncio.sleep(random.uniform(*self.REBOOT_S))
-
-    async def _work(self, socket_: websockets.ClientConnection) -> None:
-        """Do what boards do until a power cut, the connection's end or a cancellation; then see that what was sent arrived."""
-        metadata = {"device_id": self.device_id, "firmware_version": "2.0.0", "servo_count": 10}
-        await self._send(socket_, "registration", metadata=metadata)
-        first, self.is_up = self.snapshots, True
-        self.times_up += 1
-        until_cut_s = random.expovariate(self._plan.reconnect_rate / 60) if self._plan.reconnect_rate else None
-        tasks = [asyncio.create_task(work(socket_)) for work in (self._heartbeat, self._report, self._answer)]
-        try:
-            await asyncio.wait(tasks, timeout=until_cut_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.is_up = False
-            try:
-                await end_tasks(tasks)
-                async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
-                    await (await socket_.ping())  # answered after all that came before it was handled
-                self.confirmed.update(range(first, self.snapshots))
-            except (OSError, websockets.WebSocketException) as error:
-                self._fleet.note_error(error)
-            socket_.transport.abort()  # a power cut has no close frame
+                self._fleet.errors.append(cause_of(error))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), random.uniform(*self.REBOOT_S))
 
     async def _send(self, socket_: websockets.ClientConnection, message_type: str, **fields: object) -> None:
         await socket_.send(json.dumps({"message_type": message_type, "device_type": self._plan.device_type, **fields}))
-        self._fleet.done["messages"] += 1
+        self._fleet.messages += 1
 
     async def _heartbeat(self, socket_: websockets.ClientConnection) -> None:
         while True:
@@ -5447,7 +5376,7 @@ class SimulatedBoard:
         async for frame in socket_:
             message = json.loads(frame)
             if message["message_type"] == "error":
-                self._fleet.note_error(message["error_message"])
+                self._fleet.errors.append(message["error_message"])
                 continue
             if self._plan.devices <= 10 and sys.stderr.isatty():  # \x1b[K clears what the live line had there
                 shown = f"{self.device_id}: {message['command_name']!r} {json.dumps(message['payload'])}"
@@ -5455,8 +5384,7 @@ class SimulatedBoard:
             await asyncio.sleep(self._plan.ack_delay_s)
             status = "failure" if random.random() < self._plan.failure_rate else "success"
             await self._send(socket_, "command_ack", command_id=message["command_id"], status=status)
-            self._fleet.done["acks"] += 1
-            self._fleet.acked.setdefault(message["command_id"], {})[self.device_id] = time.monotonic()
+            self._fleet.acks[message["command_id"]].add(self.device_id)
 
 
 class Fleet:
@@ -5465,18 +5393,14 @@ class Fleet:
     def __init__(self, plan: FleetPlan) -> None:
         self.plan = plan
         self.run = uuid.uuid4().hex[:8]  # tells its snapshots from those of another time
-        self.done: Counter[str] = Counter()  # messages, acks, errors
-        self.acked: dict[str, dict[str, float]] = {}  # command_id -> device_id -> when it sent its ack (monotonic)
-        self._last_error = ""
+        self.messages = 0  # sent
+        self.acks: defaultdict[str, set[str]] = defaultdict(set)  # command_id -> which boards sent theirs
+        self.errors: list[str] = []
         self._boards = [SimulatedBoard(self, number) for number in range(1, plan.devices + 1)]
-        self._posted: dict[str, tuple[float, float, int]] = {}  # command_id -> posted, answered (monotonic), boards targeted
+        self._posts_s: list[float] = []  # how long each POST took ...
+        self._answers_s: list[float] = []  # ... and, by the gateway's own times, each command until all had answered
         self._missing: list[str] = []
         self._session: aiohttp.ClientSession
-
-    def note_error(self, error: Exception | str) -> None:
-        """Something went wrong at a board."""
-        self.done["errors"] += 1
-        self._last_error = str(error) or type(error).__name__
 
     async def play(self, stop: asyncio.Event) -> int:
         """Play until the plan's duration is over or `stop` is set, audit, print the table.
@@ -5488,21 +5412,18 @@ class Fleet:
             async with aiohttp.ClientSession(self.plan.url, headers=headers) as self._session:
                 await self._ask("GET", "/devices?device_type=none")
                 began_s = time.monotonic()
-                work = [self._show_progress(), self._send_commands(), *(board.live() for board in self._boards)]
-                tasks = [asyncio.create_task(each) for each in [*work, stop.wait()]]
-                try:
-                    await asyncio.wait(tasks[-1:], timeout=self.plan.duration_s or None)
-                finally:
-                    await end_tasks(tasks)
+                if self.plan.duration_s:
+                    asyncio.get_running_loop().call_later(self.plan.duration_s, stop.set)
+                boards = [asyncio.create_task(board.live(stop)) for board in self._boards]
+                others = [asyncio.create_task(work) for work in (self._show_progress(), self._send_commands())]
+                await stop.wait()
+                await end_tasks(others)
+                await asyncio.gather(*boards)
                 worked_s = time.monotonic() - began_s
                 print("\nasking the gateway what it has kept …", file=sys.stderr)
-                found = sum([await self._audit_board(board) for board in self._boards])
-                for command_id, acks in self.acked.items():
-                    answers = (await self._ask("GET", f"/command-logs/{command_id}")).get("response_data") or {}
-                    if lost := acks.keys() - answers.keys():
-                        self._missing.append(f"command {command_id}: {len(lost)} acks")
+                found = await self._audit()
         except NO_ANSWER as error:
-            raise StartError(f"no answer from {self.plan.url}: {error or type(error).__name__}") from None
+            raise StartError(f"no answer from {self.plan.url}: {cause_of(error)}") from None
         self._print_table(worked_s, found)
         return 1 if self._missing else 0
 
@@ -5515,61 +5436,68 @@ class Fleet:
 
     async def _send_commands(self) -> None:
         """Send as many commands as planned, evenly over the duration."""
-        count, duration_s = self.plan.commands, self.plan.duration_s
-        interval_s = duration_s / (count + 1) if count and duration_s else 3.0
-        for number in itertools.count() if count is None else range(count):
+        count = self.plan.commands
+        interval_s = self.plan.duration_s / (count + 1) if count > 0 and self.plan.duration_s else 3.0
+        for number in itertools.count() if count < 0 else range(count):
             await asyncio.sleep(interval_s)
             body = {"device_type": self.plan.device_type, "command_name": "blink", "payload": {"count": number}}
             posted_s = time.monotonic()
             try:
-                answer = await self._ask("POST", "/command", body)
-                self._posted[answer["command_id"]] = (posted_s, time.monotonic(), answer["target_device_count"])
+                await self._ask("POST", "/command", body)
+                self._posts_s.append(time.monotonic() - posted_s)
             except NO_ANSWER as error:
-                self._missing.append(f"command {number}: {error or type(error).__name__}")
-
-    async def _audit_board(self, board: SimulatedBoard) -> int:
-        """Compare what a board sent with its history. Returns how many of its snapshots are there."""
-        kept: set[int] = set()
-        path = page = f"/state-history/{board.device_id}?limit=1000"
-        while states := (await self._ask("GET", page)).get("states"):
-            ours = [state["state_data"]["seq"] for state in states if state["state_data"].get("run") == self.run]
-            kept.update(ours)
-            if len(ours) < len(states):
-                break
-            page = f"{path}&before_id={states[-1]['id']}"
-        if not board.times_up:
-            self._missing.append(f"{board.device_id}, which never came up")
-        if lost := board.confirmed - kept:
-            self._missing.append(f"{board.device_id}: {len(lost)} of {board.snapshots} snapshots")
-        return len(kept)
+                self._missing.append(f"command {number}: {cause_of(error)}")
 
     async def _show_progress(self) -> None:
         """One live line on a terminal, else a line every ten seconds."""
         begin, end, pause_s = ("\r", "", 0.5) if sys.stderr.isatty() else ("", "\n", 10.0)
         for tick in itertools.count():
             up = f"boards up {sum(board.is_up for board in self._boards)}/{self.plan.devices}"
-            counts = "  ".join(f"{name} {self.done[name]}" for name in ("messages", "acks", "errors"))
+            counts = f"messages {self.messages}  acks {sum(map(len, self.acks.values()))}  errors {len(self.errors)}"
             print(f"{begin}{int(tick * pause_s):5} s  {up}  {counts}", end=end, file=sys.stderr, flush=True)
             await asyncio.sleep(pause_s)
 
+    async def _audit(self) -> int:
+        """Note what is missing of what was sent. Returns how many of the snapshots the gateway has kept."""
+        found = 0
+        for board in self._boards:
+            kept = await self._kept(board.device_id)
+            found += len(kept)
+            if not board.times_up:
+                self._missing.append(f"{board.device_id}, which never came up")
+            if lost := board.confirmed - kept:
+                self._missing.append(f"{board.device_id}: {len(lost)} of {board.snapshots} snapshots")
+        for command_id, acks in self.acks.items():
+            row = await self._ask("GET", f"/command-logs/{command_id}")
+            if unknown := acks - (row.get("response_data") or {}).keys():
+                self._missing.append(f"command {command_id}: {len(unknown)} acks")
+            if row.get("completed_at"):
+                created, completed = (datetime.fromisoformat(row[name]) for name in ("created_at", "completed_at"))
+                self._answers_s.append((completed - created).total_seconds())
+        return found
+
+    async def _kept(self, device_id: str) -> set[int]:
+        """The numbers of a board's snapshots of this run, which are the newest in its history."""
+        kept, before = set[int](), ""
+        while True:
+            states = (await self._ask("GET", f"/state-history/{device_id}?limit=1000{before}")).get("states", ())
+            ours = [state for state in states if state["state_data"].get("run") == self.run]
+            if not ours:
+                return kept
+            kept.update(state["state_data"]["seq"] for state in ours)
+            before = f"&before_id={ours[-1]['id']}"
+
     def _print_table(self, worked_s: float, found: int) -> None:
-        sent = sum(board.snapshots for board in self._boards)
-        unconfirmed = sent - sum(len(board.confirmed) for board in self._boards)
-        posted_s = [answered_s - at_s for at_s, answered_s, _ in self._posted.values()]
-        whole_s = [
-            max(acks.values()) - self._posted[command_id][0]
-            for command_id, acks in self.acked.items()
-            if command_id in self._posted and len(acks) >= self._posted[command_id][2]
-        ]
+        sent, confirmed = sum(board.snapshots for board in self._boards), sum(len(board.confirmed) for board in self._boards)
         table = {
             "boards": f"{self.plan.devices} of type {self.plan.device_type}, {worked_s:.1f} s",
-            "messages sent": f"{self.done['messages']}, {self.done['messages'] / worked_s:.0f} a second",
-            "acks sent": self.done["acks"],
-            "POST /command": percentiles(posted_s),
-            "all boards acked": percentiles(whole_s),
+            "messages sent": f"{self.messages}, {self.messages / worked_s:.0f} a second",
+            "acks sent": sum(map(len, self.acks.values())),
+            "POST /command": percentiles(self._posts_s),
+            "all boards acked": percentiles(self._answers_s),
             "reconnects": sum(max(0, board.times_up - 1) for board in self._boards),
-            "errors": f"{self.done['errors']}{self._last_error and f' (the last: {self._last_error})'}",
-            "snapshots": f"{sent} sent, {found} in the history, {unconfirmed} not confirmed",
+            "errors": f"{len(self.errors)}{f' (the last: {self.errors[-1]})' if self.errors else ''}",
+            "snapshots": f"{sent} sent, {found} in the history, {sent - confirmed} not confirmed",
             "missing": f"{len(self._missing)} things" if self._missing else "nothing",
         }
         for name, value in table.items():
@@ -5613,10 +5541,9 @@ class Parser(argparse.ArgumentParser):
         )
         for name, flag in flags.items():
             field = fields[name]
-            default = "" if field.default in (None, "") else str(field.default)
-            variable = variable_of(name) if kind is Settings else ""
-            notes = " ".join(filter(None, (variable, default and f"default {default}")))
-            text = f"{schema_of(field.type)['description']}; {requirement(field.type)}{notes and f' [{notes}]'}"
+            notes = [variable_of(name)] if kind is Settings else []
+            notes += [f"default {field.default}"] if field.default not in (None, "") else []
+            text = f"{schema_of(field.type)['description']}; {requirement(field.type)} [{' '.join(notes)}]".removesuffix(" []")
             metavar = "S" if name.endswith("_s") else name.rpartition("_")[2].upper()
             self.add_argument(flag, dest=name, metavar=metavar, help=text.replace("%", "%%"))
 
@@ -5625,7 +5552,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; '{self.prog} --help' shows all flags")
 
 
-def _serve(words: Sequence[str]) -> int:
+def _gateway(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, Any, int]]:
     parser = Parser("", Settings, f"Gateway for ESP32 boards: WebSocket for boards, REST for callers, SQLite.\n{USES}")
     parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
     settings = Settings.load(vars(parser.parse_args(words)), os.environ)
@@ -5634,36 +5561,35 @@ def _serve(words: Sequence[str]) -> int:
     # an object, 80 ms with 1,000 boards, measured on a server. What was imported lives for ever: nothing to look through.
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], 50)
-    return asyncio.run(_until_signal(functools.partial(serve, settings)))
+    return functools.partial(serve, settings)
 
 
-def _simulate(words: Sequence[str]) -> int:
+def _fleet(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, Any, int]]:
     parser = Parser("simulate", FleetPlan, f"Play a fleet of boards against a running gateway.\n{USES}")
     raise_open_files_limit()
     plan = FleetPlan(**read_settings(FleetPlan, vars(parser.parse_args(words)), os.environ))
-    return asyncio.run(_until_signal(Fleet(plan).play))
-
-
-async def _until_signal(run: Callable[[asyncio.Event], Awaitable[int]]) -> int:
-    """Run something that ends early, and in order, when a signal sets its event. nohup's SIGHUP stays ignored."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return await run(stop)
+    return Fleet(plan).play
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for. Returns the exit code: 0, 1 for a failure, 2 for a bad setting."""
+    """Run what the command line asks for, and end the process: with 0, or 1 for a failure. Returns 2 for a bad setting."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    use = words.pop(0) if words[:1] in (["serve"], ["simulate"]) else "serve"
     try:
-        if words[:1] == ["simulate"]:
-            return _simulate(words[1:])
-        return _serve(words[1:] if words[:1] == ["serve"] else words)
+        work = (_fleet if use == "simulate" else _gateway)(words)
+        runner, stop = asyncio.Runner(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                runner.get_loop().add_signal_handler(number, stop.set)
+        exit_code = runner.run(work(stop))
     except (ConfigError, StartError) as error:
-        priority = "<3>" if is_stderr_the_journal() else ""
-        print(f"{priority}amhrpd: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        print(f"amhrpd: {error}", file=sys.stderr)
+        if isinstance(error, ConfigError):
+            return 2
+        exit_code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(exit_code)  # the loop's end, and Python's own, would wait for threads that a disk or a resolver keeps
 
 
 if __name__ == "__main__":
