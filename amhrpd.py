@@ -150,7 +150,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls_cert: Annotated[str | None, about("certificate chain (PEM): serve https and wss")] = None
     tls_key: Annotated[str | None, about("the certificate's private key (PEM)")] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("least level logged")] = "info"
-    log_format: Annotated[LogFormat, about("auto is console on a terminal, else json; journal is for systemd")] = "auto"
+    log_format: Annotated[LogFormat, about("auto is console on a terminal, journal under systemd, else json")] = "auto"
 
     def __post_init__(self) -> None:
         if not self.gateway_id:
@@ -870,7 +870,7 @@ def fault_of(error: BaseException) -> Fault:
 def cause_of(error: BaseException) -> str:
     """The database's own words in one line, without the statement and its parameters."""
     if isinstance(error, TimeoutError):
-        return "the disk is too slow at the moment"
+        return "no answer in time"
     origin = getattr(error, "orig", None) or error
     name = getattr(origin, "sqlite_errorname", None)
     text = origin.strerror if isinstance(origin, OSError) and origin.strerror else str(origin).partition("\n")[0]
@@ -4993,6 +4993,8 @@ STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's 
 UPKEEP_INTERVAL_S = 1.0
 EVERY_ADDRESS = ("0.0.0.0", "::")  # either one means IPv4 and IPv6
 MAX_LOGGED_TEXT = 300  # of a value; boards and callers write most of them
+GATEWAY = web.AppKey("gateway", Gateway)
+STORE = web.AppKey("store", Store)
 
 # -- logging -----------------------------------------------------------------------------------------------------------
 
@@ -5014,7 +5016,9 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """What `logging` calls. The problem is the text before anything is put in: it is what repeats itself."""
-        about = {"library": record.name, "problem": str(record.msg).partition("\n")[0], "text": record.getMessage()}
+        about = {"library": record.name, "problem": str(record.msg).partition("\n")[0]}
+        with contextlib.suppress(TypeError, ValueError, LookupError):  # what is to be put in doesn't fit
+            about["text"] = record.getMessage()
         log.log(record.levelno, "library_message", **about, exc_info=record.exc_info)
 
     def admit(self, _: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -5081,7 +5085,9 @@ class Repeats:
 def configure_logging(level: str, log_format: str) -> LogLines:
     """One line an event, on stderr, in `log_format`."""
     if log_format == "auto":
-        log_format = "console" if sys.stderr.isatty() else "json"
+        stream = os.fstat(2)  # children inherit the variable alone
+        is_journal = os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+        log_format = "journal" if is_journal else "console" if sys.stderr.isatty() else "json"
     theirs = structlog.processors
     stamp = theirs.TimeStamper(fmt="iso", utc=True)
     endings: dict[str, list[structlog.typing.Processor]] = {
@@ -5123,8 +5129,10 @@ def _render_for_journal(logger: Any, name: str, event: structlog.typing.EventDic
 
 
 def raise_open_files_limit() -> int:
-    """Ask for all open files that the system allows: shells give 1,024. Returns for how many connections that is."""
+    """Ask for all open files that the system allows: shells give 1,024. Returns for how many connections. Raises StartError."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2 * RESERVED_FILES:
+        raise StartError(f"the system allows {hard} open files (ulimit -n): it must be {2 * RESERVED_FILES} or more")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard - RESERVED_FILES
 
@@ -5203,6 +5211,15 @@ def tell_progress(text: str) -> None:
     notify(f"STATUS={text}", "EXTEND_TIMEOUT_USEC=600000000")
 
 
+def build_app(settings: Settings) -> web.Application:
+    """The gateway as an aiohttp application; its parts are GATEWAY and STORE in it."""
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    app[STORE] = store = Store(settings)
+    app[GATEWAY] = gateway = Gateway(settings, store)
+    RestApi(settings, gateway, store).serve_in(app)
+    return app
+
+
 async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop: asyncio.Event) -> None:
     """Do what is due regularly until `stop` is set. The watchdog's ping comes from here, so it shows that the loop turns.
 
@@ -5226,10 +5243,8 @@ async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop:
 async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int], None] = lambda port: None) -> int:
     """Run the gateway until `stop` is set; `on_ready` is told the port. Returns the exit code. Raises StartError."""
     limit, tls_options = raise_open_files_limit(), _tls_options(settings)
-    store = Store(settings)
-    gateway = Gateway(settings, store)
-    app = web.Application(client_max_size=MAX_BODY_BYTES)
-    RestApi(settings, gateway, store).serve_in(app)
+    app = build_app(settings)
+    gateway, store = app[GATEWAY], app[STORE]
     runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
     await store.open(gateway.take_up, tell_progress)
     exit_code = 1

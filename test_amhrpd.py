@@ -247,14 +247,15 @@ async def gateway_on(database: Path, *, exit_code: int = 0, headers: Any = None,
     }
     stop = asyncio.Event()
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    made: dict[str, Any] = {}
+    runners: list[web.AppRunner] = []
 
-    def noting(name: str, kind: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: made.setdefault(name, kind(*args, **kwargs))
+    class Runner(web.AppRunner):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            runners.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((web, "AppRunner"), (amhrpd, "Gateway"), (amhrpd, "Store")):
-            patch.setattr(module, name, noting(name, getattr(module, name)))
+        patch.setattr(web, "AppRunner", Runner)
         daemon = asyncio.create_task(amhrpd.serve(amhrpd.Settings(**values | settings), stop, ready.set_result))
         await asyncio.wait((daemon, ready), return_when=asyncio.FIRST_COMPLETED)
     if daemon.done():
@@ -262,7 +263,8 @@ async def gateway_on(database: Path, *, exit_code: int = 0, headers: Any = None,
     try:
         async with aiohttp.ClientSession(headers=headers) as session:
             client = Client(ready.result(), session, database)
-            client.runner, client.gateway, client.store = made["AppRunner"], made["Gateway"], made["Store"]
+            (client.runner,) = runners
+            client.gateway, client.store = client.runner.app[amhrpd.GATEWAY], client.runner.app[amhrpd.STORE]
             yield client
     finally:
         stop.set()
@@ -4299,7 +4301,17 @@ async def test_start_waits_for_no_name_that_does_not_resolve(database: Path) -> 
     began_s = time.monotonic()
     assert await process.exit_code() == 1
     assert time.monotonic() - began_s < 10
-    assert process.log == f"amhrpd: can't listen on nobody.example port {process.port}: TimeoutError\n"
+    assert process.log == f"amhrpd: can't listen on nobody.example port {process.port}: no answer in time\n"
+
+
+def test_start_with_hardly_any_open_files_ends_with_one_line(tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100)); import amhrpd; exit(amhrpd.main([]))"
+    environ = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/fresh.db", "AMHRPD_PORT": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", limit], capture_output=True, text=True, cwd=HERE, env=environ, timeout=20, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr == "amhrpd: the system allows 100 open files (ulimit -n): it must be 200 or more\n"
 
 
 def test_variable_that_nobody_knows_ends_the_start_with_the_one_that_was_meant(
@@ -4647,6 +4659,18 @@ async def test_journal_lines_bear_their_priority_and_are_one_each(database: Path
     assert alert.startswith("<4>device_alert device_id=a type=collision ")
     assert "\x1b" not in alert
     assert any(line.startswith("<6>listening ") for line in lines)
+
+
+@in_a_loop
+async def test_inherited_journal_stream_makes_no_journal_of_a_file(database: Path) -> None:
+    async with process_on(database, JOURNAL_STREAM="8:12345") as (process, _):
+        await eventually(lambda: process.log)
+        assert json.loads(process.log.splitlines()[0])["event"] == "listening"
+    code = f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; "
+    code += "s = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{s.st_dev}:{s.st_ino}'; sys.exit(amhrpd.main([]))"
+    async with process_on(database, code=code) as (process, _):
+        await eventually(lambda: process.log)
+        assert process.log.startswith("<6>listening "), process.log
 
 
 @in_a_loop
