@@ -3209,7 +3209,7 @@ form { display: grid; gap: .6rem; margin: .6rem 0; } label { display: grid; gap:
     <div class="bar">
       <select id="range" aria-label="Range of the plots">
         <option value="0">1,000 states<option value="3600000">An hour<option value="86400000">A day</select>
-      <a id="table" class="button" download>Download a table (newest 100,000)</a>
+      <a id="table" class="button" download>Download a table</a>
       <button id="delete" title="Only a board that is offline can be deleted">Delete …</button>
     </div>
     <p id="unread-readings" role="status" class="odd"></p>
@@ -3576,6 +3576,11 @@ function ticks(low, high) {  // about four round numbers that hold all
   const first = Math.floor(low / step), end = Math.ceil(high / step);
   return Array.from({ length: end - first + 1 }, (_, index) => finite((first + index) * step));
 }
+$("table").onclick = async () => {
+  const answer = await fetch($("table").href, { method: "HEAD" }).catch(() => null);
+  const isMore = answer?.headers.get("X-AMHRPD-More") === "true";
+  say($("work"), isMore ? "The table has the newest 100,000 states, and there are older ones." : "");
+};
 $("delete").onclick = async () => {
   const { id } = shown, tell = (text) => say($("work"), text);
   if (!confirm(`Forget ${id}, with its readings and its connection history?`)) return;

@@ -7651,3 +7651,21 @@ async def test_page_comes_back_from_a_board_to_where_it_was(database: Path) -> N
             await go_back()
             await card.wait_for()
             assert abs(await page.evaluate("scrollY") - before) < 60
+
+
+@in_a_browser
+@in_a_loop
+async def test_page_says_when_a_table_has_not_all_states(database: Path) -> None:
+    async def say_more(route: Route) -> None:
+        answer = await route.fetch()
+        await route.fulfill(response=answer, headers=answer.headers | {"X-AMHRPD-More": "true"})
+
+    async with gateway_on(database) as client, client.board("a") as board, page_on(client) as page:
+        await say(board, "status", payload={"n": 1})
+        await page.get_by_role("link", name="a", exact=True).click()
+        for is_more in (False, True):
+            if is_more:
+                await page.route("**/*format=excel*", say_more)
+            async with page.expect_download():
+                await page.get_by_role("link", name="Download a table").click()
+        await shows(page, "#work", "The table has the newest 100,000 states, and there are older ones.")
