@@ -2506,7 +2506,7 @@ class Dispatch:
             command.release()
 
     async def command(self, request: CommandRequest, device_type: str, targets: Collection[Device]) -> Command:
-        """See Gateway.command. Raises PAYLOAD_TOO_LARGE."""
+        """A command for these targets, as it left. Raises PAYLOAD_TOO_LARGE."""
         timeout_s = float(request.timeout or self._timeout_s)
         command = Command(device_type, request.command_name, to_json(request.payload or {}), timeout_s, len(targets))
         command.named = request.device_id or ()
@@ -2518,7 +2518,6 @@ class Dispatch:
         if size_bytes > MAX_COMMAND_FRAME_BYTES:
             problem = f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most"
             raise GatewayError(Code.PAYLOAD_TOO_LARGE, problem)
-        self.open[command.command_id] = command
         for device in targets if command.deadman is not None else ():
             self._file(device.device_id, command.deadman)  # before the command leaves, so that no crash comes between
         written = self._store.write_command(command.command_id, command)
@@ -2546,6 +2545,7 @@ class Dispatch:
         """
         assert command.recipients is not None
         frame, deadman = server_frame(WSMsgType.TEXT, command.message()), command.deadman
+        self._await_answers(command)
         command.sent_s = time.monotonic()
         if deadman is not None:
             deadman.sent_s, deadman.due_at = command.sent_s, utc_now() + timedelta(seconds=deadman.after_s)
@@ -2570,7 +2570,6 @@ class Dispatch:
         if command.recipients:
             command.executed_at = utc_now()
             command.status = SENT if command.status == CREATED else command.status
-            self._expire_later(command)
             self._save(command)
         else:
             self._conclude(command, NO_DEVICES)
@@ -2596,8 +2595,7 @@ class Dispatch:
 
     def meet(self, device: Device) -> None:
         """A device is here anew: the deadman that it had when it was forgotten, or the last run ended, is its own again."""
-        device.deadman = device.deadman or self._filed.get(device.device_id)
-        self.fire_due()
+        self.arm(device, device.deadman or self._filed.get(device.device_id))
 
     def fire_due(self) -> None:
         """Send the deadmen that are due, when their turn comes: behind what came before."""
@@ -2624,7 +2622,6 @@ class Dispatch:
         for deadman, devices in due.items():
             command = self._command_of(deadman, devices)
             log.warning("deadman_fired", command_id=command.command_id, armed_by=deadman.armed_by, targets=len(devices))
-            self.open[command.command_id] = command
             await self._send(command, devices, deadman)
 
     def _command_of(self, deadman: ArmedDeadman, targets: Collection[Device]) -> Command:
@@ -2637,10 +2634,11 @@ class Dispatch:
         left armed, which is due as soon as its device is online.
         """
         for row in commands:
-            if self._find(row["command_id"]) is None:
-                command = Command.restore(row, self._timeout_s)
-                (self.open if command.status in OPEN_STATUSES else self._closed)[command.command_id] = command
-                self._expire_later(command)
+            command = Command.restore(row, self._timeout_s)
+            if command.status in OPEN_STATUSES:
+                self._await_answers(command)
+            else:
+                self._closed[command.command_id] = command
         for row in deadmen:
             self._filed.setdefault(row["device_id"], ArmedDeadman(row["command_name"], row["payload"]))
             if (device := self._registry.find(row["device_id"])) is not None:
@@ -2684,9 +2682,9 @@ class Dispatch:
             self.arm(device, None)
         return command
 
-    def _expire_later(self, command: Command) -> None:
-        if command.command_id in self.open:
-            command.expiry = asyncio.get_running_loop().call_later(command.timeout_s, self._expire, command)
+    def _await_answers(self, command: Command) -> None:
+        self.open[command.command_id] = command
+        command.expiry = asyncio.get_running_loop().call_later(command.timeout_s, self._expire, command)
 
     def _expire(self, command: Command) -> None:
         log.info("command_unanswered", command_id=command.command_id, status=command.status, answers=len(command.answers))
@@ -2747,16 +2745,13 @@ class Gateway:
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     def take_up(self, loaded: Loaded) -> None:
-        """Know what a file has: its devices, which are offline but for those that came meanwhile, its open commands, which are
-        open again, and the deadmen that the last run left armed.
-        """
+        """Know what a file has. Its devices are offline, but for those that came meanwhile."""
         for row in reversed(loaded.devices):
             if self.registry.find(row["device_id"]) is None:
                 self.registry.know(Device.restore(row))
         self.dispatch.take_up(loaded.commands, loaded.deadmen)
-        if loaded.devices or loaded.commands:
-            figures = {"open_commands": len(self.dispatch.open), "deadmen": len(loaded.deadmen)}
-            log.info("restored", devices=len(loaded.devices), **figures)
+        open_commands, deadmen = len(self.dispatch.open), len(loaded.deadmen)
+        log.info("restored", devices=len(loaded.devices), open_commands=open_commands, deadmen=deadmen)
 
     async def stop(self) -> None:
         """Take no more commands, send every armed deadman, log every board off and close its connection with 1001; then
@@ -2775,10 +2770,8 @@ class Gateway:
     # -- what callers ask for ------------------------------------------------------------------------------------------
 
     async def command(self, request: CommandRequest) -> Command:
-        """Create a command, commit its row, send it to all targets at once, and return it as sent or without devices.
-
-        A store that can't write holds this up for a second at the most. Raises DEVICE_NOT_FOUND, INVALID_FIELD_VALUE,
-        PAYLOAD_TOO_LARGE, STOPPING, STORE_UNAVAILABLE.
+        """Create a command, commit its row, which a store may hold up for a second at the most, send it to all targets at once,
+        and return it as sent or without devices. Raises GatewayError: nothing was sent.
         """
         device_type, targets = await self._targets(request)
         if self.is_stopping:
@@ -2876,17 +2869,15 @@ class Gateway:
 
     def _register(self, connection: DeviceSocket, message: AnyBoardMessage) -> Device:
         """A board says what it is, for the first time or again."""
-        if message.device_type is None and isinstance(message, Registration):
-            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
         if message.device_type is None:
-            raise GatewayError(Code.UNAUTHORIZED, "device_type required: the first message must bear it")
+            code = Code.MISSING_REQUIRED_FIELD if isinstance(message, Registration) else Code.UNAUTHORIZED
+            raise GatewayError(code, "device_type required: the first message, and every registration, must bear it")
         device = connection.device or self.registry.come_online(connection, message.device_type)
         device.device_type = message.device_type
         if isinstance(message, Registration) and message.metadata is not None:
             device.metadata = to_json(message.metadata)
         self._store.put_device(device.device_id, device)
         self.dispatch.meet(device)
-        tell_of(self.events, device)
         return device
 
     def _take_status(self, device: Device, message: Status, now: datetime) -> None:
@@ -2990,7 +2981,6 @@ class DeviceSocket:
         self._pinged_s = math.inf  # when the ping went out that nothing came behind yet
         self._has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
         self._has_ended = False  # it is over, or was hung up on: what arrives marks nobody online (contract, section 1)
-        self._aborting: asyncio.TimerHandle | None = None  # where the board doesn't echo our close frame
         self._socket = web.WebSocketResponse(
             max_msg_size=settings.max_message_bytes + 1,  # the library refuses from its limit on
             autoping=False,
@@ -3015,8 +3005,6 @@ class DeviceSocket:
         finally:
             self._end(DISCONNECTED, None, "the connection was lost")
             self._gateway.connections.discard(self)
-            if self._aborting is not None:
-                self._aborting.cancel()
             if self._request.transport is not None:
                 self._request.transport.close()
             if (error := self._socket.exception()) is not None:  # it would keep all of this until a full collection
@@ -3034,16 +3022,13 @@ class DeviceSocket:
         return True
 
     def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
-        """End it from this side: its device is offline at once, and the board has CLOSE_TIMEOUT_S to echo the close frame.
-
-        Only the first call says why.
-        """
+        """End it from this side: its device is offline at once, and the board may echo the close. The first call says why."""
         if self._has_ended:
             return
         self.send(server_frame(WSMsgType.CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
         self._end(event, code, reason)
         if self._request.transport is not None:
-            self._aborting = asyncio.get_running_loop().call_later(self.CLOSE_TIMEOUT_S, self._request.transport.abort)
+            asyncio.get_running_loop().call_later(self.CLOSE_TIMEOUT_S, self._request.transport.abort)
 
     def _end(self, event: str, code: int | None, reason: str) -> None:
         if not self._has_ended:
@@ -3081,16 +3066,20 @@ class DeviceSocket:
                 case WSMsgType.PING:
                     self.send(server_frame(WSMsgType.PONG, frame.data))
                 case WSMsgType.PONG:
-                    self._take_pong(bytes(frame.data))
+                    if (
+                        self.device is not None
+                    ):  # it is activity (wheels send nothing else for hours), and shows what has arrived
+                        self._gateway.dispatch.note_arrival(self.device, bytes(frame.data).decode("ascii", "replace"))
+                        if not self._has_ended:
+                            self.device.last_heartbeat = utc_now()
                 case WSMsgType.CLOSE:
                     self._take_close(frame.data)
                     return
-                case WSMsgType.ERROR if isinstance(frame.data, WebSocketError):
-                    is_too_big = frame.data.code == WSCloseCode.MESSAGE_TOO_BIG
-                    reason = "a message was too big" if is_too_big else "the device broke the WebSocket protocol"
-                    self._end(DISCONNECTED, frame.data.code, reason)
-                    return
                 case _:
+                    if isinstance(frame.data, WebSocketError):
+                        is_too_big = frame.data.code == WSCloseCode.MESSAGE_TOO_BIG
+                        reason = "a message was too big" if is_too_big else "the device broke the WebSocket protocol"
+                        self._end(DISCONNECTED, frame.data.code, reason)
                     return
             frames += 1 + len(frame.data) // 256
             if frames >= self.TURN_FRAMES:
@@ -3126,13 +3115,6 @@ class DeviceSocket:
             self.send(server_frame(WSMsgType.TEXT, to_json(reply)))
         if self.device is not None:
             self._said_s = self._heard_s  # wrong as it may be, it is no silence
-
-    def _take_pong(self, payload: bytes) -> None:
-        """A pong is activity (wheels send nothing else for hours), and shows what has arrived."""
-        if self.device is not None:
-            self._gateway.dispatch.note_arrival(self.device, payload.decode("ascii", "replace"))
-            if not self._has_ended:
-                self.device.last_heartbeat = utc_now()
 
     def _take_close(self, code: int | None) -> None:
         """The board closes the connection, or echoes our own close frame: it has read all that was sent before."""

@@ -1522,7 +1522,7 @@ async def test_device_is_forgotten_whole(database: Path, monkeypatch: pytest.Mon
         await eventually(lambda: not_online(client, "a"))
         assert await client.ask("DELETE", "/devices/nobody") == (
             404,
-            {"error": "device 'nobody' was never seen", "error_code": "DEVICE_NOT_FOUND"},
+            {"error": "never seen: nobody", "error_code": "DEVICE_NOT_FOUND"},
         )
         deleted = {"device_id": "a", "deleted": {"snapshots": 35, "events": 2}}
         assert await client.ask("DELETE", "/api/devices/a") == (200, deleted)
