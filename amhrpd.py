@@ -11,7 +11,7 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Messages        what boards and callers send, decoded and validated in one step
     Store           the tables, the file, a thread that writes, some that read, one that syncs
     Devices         the registry: every device known, the connections of those online
-    Commands        the commands that are open or may still be answered
+    Commands        a command and what became of it
     Events          who listens to what happens
     Gateway         what happens when: the verbs
     Device socket   one board's connection: frame -> message -> verb, error -> reply
@@ -2101,17 +2101,13 @@ class Registry:
             self._write_event(device, CONNECTED, connection, now)
         return device
 
-    def go_offline(self, connection: DeviceSocket, event: str, code: int | None, reason: str) -> Device | None:
-        """A connection is over. Returns its device where it went offline by that."""
-        device = connection.device
-        if device is None or device.connection is not connection:
-            return None
+    def go_offline(self, device: Device, connection: DeviceSocket, event: str, code: int | None, reason: str) -> None:
+        """A device's connection is over."""
         device.connection = None
         device.disconnected_at = utc_now()
         self._offline[device.device_id] = device
         self._store.put_device(device.device_id, device)
         self._write_event(device, event, connection, device.disconnected_at, code, reason)
-        return device
 
     def _write_event(
         self, device: Device, event: str, connection: DeviceSocket, at: datetime, code: int | None = None, reason: str = ""
@@ -2123,8 +2119,7 @@ class Registry:
         log.info(f"device_{event}", device_id=device.device_id, **details)
         said = to_json(details)
         row = (device.device_id, device.device_type, event, stored_time(at), said)
-        if not self._store.put_telemetry("device_connection_logs", row, said):
-            log.warning("event_dropped", device_id=device.device_id, dropped=event)
+        self._store.put_telemetry("device_connection_logs", row, said)
 
 
 # ======================================================================================================================
@@ -2134,10 +2129,7 @@ class Registry:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Command:
-    """One command and what became of it. `recipients` is None after a restart: then any device of the type may answer.
-
-    Its `status` is that of the contract's section 4.
-    """
+    """One command and what became of it (contract, section 4)."""
 
     device_type: str
     command_name: str
@@ -2151,7 +2143,7 @@ class Command:
     completed_at: datetime | None = None
     deadman: ArmedDeadman | None = None
     named: Collection[str] = ()  # the ids that the caller named
-    recipients: set[str] | None = dataclasses.field(default_factory=set)
+    recipients: set[str] | None = dataclasses.field(default_factory=set)  # None after a restart: any device of the type
     answers: dict[str, msgspec.Raw] = dataclasses.field(default_factory=dict)
     answer_bytes: int = 0
     succeeded: set[str] = dataclasses.field(default_factory=set)
@@ -2206,11 +2198,7 @@ class Command:
         return device.device_id in self.recipients
 
     def count_answer(self, device_id: str, ack: CommandAck) -> bool:
-        """Count a device's answer. False where it changes nothing.
-
-        A repeated answer changes nothing, and a success that follows a failure of the same device doesn't undo it:
-        `ack_error` holds from the first such answer on (contract, section 4).
-        """
+        """Count a device's answer. False where it changes nothing: it is repeated, or a success after a failure."""
         is_success = ack.status in (None, "success")
         if device_id in self.failed or (is_success and device_id in self.succeeded):
             return False
@@ -2567,6 +2555,8 @@ class Dispatch:
                 tell_of(self._events, device)
             if number % self.TURN_TARGETS == 0:
                 await asyncio.sleep(0)
+        if deadman is not None:
+            self.fire_due()  # sets the alarm
         if command.recipients:
             command.executed_at = utc_now()
             command.status = SENT if command.status == CREATED else command.status
@@ -2591,16 +2581,16 @@ class Dispatch:
         device.deadman = deadman
         self._file(device.device_id, deadman)
         tell_of(self._events, device)
-        self.fire_due()
 
     def meet(self, device: Device) -> None:
         """A device is here anew: the deadman that it had when it was forgotten, or the last run ended, is its own again."""
         self.arm(device, device.deadman or self._filed.get(device.device_id))
+        if device.deadman is not None:
+            self.fire_due()
 
     def fire_due(self) -> None:
         """Send the deadmen that are due, when their turn comes: behind what came before."""
-        if self._filed:
-            self._line.put_nowait(self._fire)
+        self._line.put_nowait(self._fire)
 
     async def _fire(self, *, all_armed: bool = False) -> None:
         """Send the deadmen that are due, or all, where they weren't sent on the device's connection yet: one command for all
@@ -2660,20 +2650,19 @@ class Dispatch:
         command = self.note_arrival(device, message.command_id)
         if command is None:
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
-        was_complete = command.completed_at is not None
         if not command.count_answer(device.device_id, message):
             return
         log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
         if command.completed_at is None:
             self._save(command)
             return
-        if not was_complete and command.recipients is not None:
+        if command.command_id in self.open and command.recipients is not None:
             self.answer_seconds.observe(time.monotonic() - command.came_s)
         self._conclude(command, ACK_ERROR if command.failed else ACK_SUCCESS)
 
     def note_arrival(self, device: Device, command_id: str) -> Command | None:
-        """A command has reached a device, as its acknowledgement shows, or the pong to the ping behind it: this disarms the
-        deadman of its name that was armed before. Returns the command, None where it was never sent to this device.
+        """A command has arrived, as its acknowledgement or the pong to the ping behind it shows: the deadman of its name that
+        was armed before is disarmed. Returns the command, None where it was never sent to this device.
         """
         command, deadman = self._find(command_id), device.deadman
         if command is None or not command.may_be_answered_by(device):
@@ -2781,9 +2770,8 @@ class Gateway:
     async def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
         """The type that a command's row has, and the devices that are online of those that are meant."""
         if request.device_id is None:
-            assert request.device_type is not None
-            wanted = None if request.device_type == EVERY_TYPE else request.device_type
-            return request.device_type, self.registry.matching(wanted, is_online=True)
+            device_type = request.device_type or EVERY_TYPE
+            return device_type, self.registry.matching(None if device_type == EVERY_TYPE else device_type, is_online=True)
         devices = await self.look_up(*request.device_id, timeout_s=Dispatch.PERSIST_TIMEOUT_S)  # who sends a stop waits
         for device in devices:
             if request.device_type not in (None, EVERY_TYPE, device.device_type):
@@ -2819,9 +2807,8 @@ class Gateway:
         return list(found.values())
 
     async def delete_device(self, device_id: str) -> dict[str, int]:
-        """Forget a device, its snapshots and its connection history: how many of each. Its deadman stays.
-
-        One that comes back meanwhile is simply new. Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
+        """Forget a device, its snapshots and its connection history: how many of each. Its deadman stays. One that comes back
+        meanwhile is simply new. Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
         """
         (device,) = await self.look_up(device_id)
         if device.is_online:
@@ -2884,8 +2871,7 @@ class Gateway:
         state = device.state = to_json(message.payload)
         device.state_timestamp = now
         row = (device.device_id, device.device_type, state, stored_time(now))
-        if not self._store.put_telemetry("device_state_snapshots", row, state):
-            log.warning("snapshots_dropped", device_id=device.device_id)
+        self._store.put_telemetry("device_state_snapshots", row, state)
         self.events.tell("state", device.device_type, (device.device_id,), device.state_record, of=device.device_id)
 
     def _take_alert(self, device: Device, now: datetime, kind: str, of_type: str, text: str, context: object = None) -> None:
@@ -2897,16 +2883,14 @@ class Gateway:
 
     def went_away(self, connection: DeviceSocket, event: str, code: int | None, reason: str) -> None:
         """A connection has ended, or is about to; `event` is `disconnected` or `timeout`. Its device is offline by that."""
-        if (device := self.registry.go_offline(connection, event, code, reason)) is not None:
+        if (device := connection.device) is not None and device.connection is connection:
+            self.registry.go_offline(device, connection, event, code, reason)
             tell_of(self.events, device)
 
     # -- what is due regularly -----------------------------------------------------------------------------------------
 
     def sweep(self, interval_s: float) -> None:
-        """Every `interval_s`: ping, give up boards that are silent, save what activity is due, fire what couldn't be before.
-
-        Time in which the gateway itself stood still is nobody's silence: what is on its way is read first.
-        """
+        """Every `interval_s`: ping, give up silent boards, save activity, make room, fire what couldn't be before."""
         now_s = time.monotonic()
         late_s = max(0.0, now_s - self._swept_s - interval_s)
         self.loop_late_s.observe(late_s)
@@ -2944,7 +2928,6 @@ class Gateway:
 # Device socket
 # ======================================================================================================================
 
-NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
 FRAMES_READ_BYTES = 4 << 10  # at once: as tiny frames they take 130 KB
 
 
@@ -2970,6 +2953,8 @@ class DeviceSocket:
     TURN_FRAMES = 250  # at once, some 4 ms of them, one more for every 256 bytes; the boards in the field send 83 a second
 
     def __init__(self, gateway: Gateway, settings: Settings, request: web.Request) -> None:
+        if request.transport is None:
+            raise ConnectionResetError("the board went away again")
         self.device_id = request.match_info["device_id"]
         self.peer = peer_of(request)
         self.device: Device | None = None  # once it is registered
@@ -2978,6 +2963,7 @@ class DeviceSocket:
         self._gateway = gateway
         self._settings = settings
         self._request = request
+        self._transport = request.transport
         self._pinged_s = math.inf  # when the ping went out that nothing came behind yet
         self._has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
         self._has_ended = False  # it is over, or was hung up on: what arrives marks nobody online (contract, section 1)
@@ -2993,7 +2979,7 @@ class DeviceSocket:
     async def serve(self) -> web.WebSocketResponse:
         """Do the handshake and serve the connection until it ends."""
         await self._socket.prepare(self._request)
-        read_at_once(self._request.transport, FRAMES_READ_BYTES)
+        read_at_once(self._transport, FRAMES_READ_BYTES)
         self._gateway.connections.add(self)
         try:
             if self._gateway.is_stopping:
@@ -3005,18 +2991,15 @@ class DeviceSocket:
         finally:
             self._end(DISCONNECTED, None, "the connection was lost")
             self._gateway.connections.discard(self)
-            if self._request.transport is not None:
-                self._request.transport.close()
+            self._transport.close()
             if (error := self._socket.exception()) is not None:  # it would keep all of this until a full collection
                 error.__traceback__ = error.__context__ = None
         return self._socket
 
     def send(self, frames: bytes) -> bool:
         """Hand frames to the network, without waiting. False where the board doesn't take them."""
-        transport = self._request.transport
-        if self._has_ended or transport is None or transport.is_closing():
-            return False
-        if transport.get_write_buffer_size() > self.UNREAD_LIMIT_BYTES:
+        transport = self._transport
+        if self._has_ended or transport.is_closing() or transport.get_write_buffer_size() > self.UNREAD_LIMIT_BYTES:
             return False
         transport.write(frames)
         return True
@@ -3027,8 +3010,7 @@ class DeviceSocket:
             return
         self.send(server_frame(WSMsgType.CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
         self._end(event, code, reason)
-        if self._request.transport is not None:
-            asyncio.get_running_loop().call_later(self.CLOSE_TIMEOUT_S, self._request.transport.abort)
+        asyncio.get_running_loop().call_later(self.CLOSE_TIMEOUT_S, self._transport.abort)
 
     def _end(self, event: str, code: int | None, reason: str) -> None:
         if not self._has_ended:
@@ -3037,10 +3019,9 @@ class DeviceSocket:
 
     def look_after(self, now_s: float, *, stood_still: bool) -> None:
         """Ping the board, or hang up on it where it is silent for too long; it isn't where nobody listened to it."""
-        transport = self._request.transport
-        if self._has_ended:
+        if self._has_ended or self._transport.is_closing():
             return
-        if stood_still or (transport is not None and not transport.is_reading()):  # it waits for its turn
+        if stood_still or not self._transport.is_reading():  # it waits for its turn
             self._said_s, self._heard_s, self._pinged_s = now_s, now_s, math.inf
         silent_s, settings = now_s - self._said_s, self._settings
         if self.device is None and silent_s > settings.registration_timeout_s:
@@ -3086,16 +3067,9 @@ class DeviceSocket:
                 frames = 0
                 if self.device is None:
                     self.hang_up(WSCloseCode.POLICY_VIOLATION, "said too much before it registered")
-                await self._wait_for_turn()
-
-    async def _wait_for_turn(self) -> None:
-        transport = self._request.transport
-        if transport is not None:
-            is_reading = transport.is_reading()  # else the library holds it up already
-            transport.pause_reading()  # what waits, waits at the board
-            await self._gateway.take_turn()
-            if is_reading:
-                transport.resume_reading()
+                self._transport.pause_reading()  # what waits, waits at the board
+                await self._gateway.take_turn()
+                self._transport.resume_reading()
 
     def _take(self, frame: aiohttp.WSMessage) -> None:
         try:
@@ -3120,7 +3094,7 @@ class DeviceSocket:
         """The board closes the connection, or echoes our own close frame: it has read all that was sent before."""
         if not self._has_ended:
             self.send(server_frame(WSMsgType.CLOSE, struct.pack("!H", code or WSCloseCode.OK)))
-            self._end(DISCONNECTED, code or NO_STATUS_RECEIVED, "closed by the device")
+            self._end(DISCONNECTED, code or 1005, "closed by the device")  # RFC 6455, section 7.1.5: it gave none
         elif self.device is not None and self.fired is not None and self.fired is self.device.deadman:
             self._gateway.dispatch.arm(self.device, None)
 
