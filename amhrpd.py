@@ -2191,6 +2191,12 @@ class Command:
             }
         )
 
+    def check_size(self) -> None:
+        """Raise PAYLOAD_TOO_LARGE where no board could take it."""
+        if (size_bytes := len(self.message())) > MAX_COMMAND_FRAME_BYTES:
+            problem = f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most"
+            raise GatewayError(Code.PAYLOAD_TOO_LARGE, problem)
+
     def may_be_answered_by(self, device: Device) -> bool:
         """Whether the command was sent to the device, as far as is known."""
         if self.recipients is None:
@@ -2220,6 +2226,12 @@ class Command:
         if len(self.succeeded) + len(self.failed) >= self.target_device_count:
             self.completed_at = now
         return True
+
+    async def persist(self, written: asyncio.Future[None] | None, timeout_s: float) -> None:
+        """Wait for its row to be written, and note whether it is."""
+        if written is not None and not written.done():
+            await asyncio.wait((written,), timeout=timeout_s)
+        self.is_persisted = written is not None and written.done()
 
     def release(self) -> None:
         """Who waits gets the command as it is, and no timer is left."""
@@ -2445,10 +2457,7 @@ def tell_of(events: Events, device: Device) -> None:
 
 
 class Dispatch:
-    """Commands on their way: the one line in which they leave, to whom they go, what comes back, and what deadmen send.
-
-    One task takes what is in the line, in order. There a command waits for its row, until a second after it came.
-    """
+    """Commands on their way: the one line in which they leave, to whom they go, what comes back, and what deadmen send."""
 
     PERSIST_TIMEOUT_S = 1.0  # contract, section 6: the longest that a store holds a command up
     TURN_TARGETS = 64  # under a millisecond of sending, then the others have their turn
@@ -2464,7 +2473,7 @@ class Dispatch:
         self._closed: dict[str, Command] = {}
         self._filed: dict[str, ArmedDeadman] = {}  # by device_id: what the file has, or is about to
         self._alarm: asyncio.TimerHandle | None = None  # for the next deadman that is due
-        self._line: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()  # None: the end
+        self._line: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()  # one leaves at a time; None: the end
         self._sending: asyncio.Task[None] | None = None
         self.ended: Counter[str] = Counter()  # commands by the status they ended with
         self.answer_seconds = prometheus_client.Histogram(
@@ -2498,14 +2507,11 @@ class Dispatch:
         timeout_s = float(request.timeout or self._timeout_s)
         command = Command(device_type, request.command_name, to_json(request.payload or {}), timeout_s, len(targets))
         command.named = request.device_id or ()
-        size_bytes = len(command.message())
+        command.check_size()
         if (wanted := request.deadman) is not None:
             payload, armed_by = to_json(wanted.payload or {}), command.command_id
             command.deadman = ArmedDeadman(wanted.command_name, payload, wanted.after, device_type, armed_by)
-            size_bytes = max(size_bytes, len(self._command_of(command.deadman, targets).message()))
-        if size_bytes > MAX_COMMAND_FRAME_BYTES:
-            problem = f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most"
-            raise GatewayError(Code.PAYLOAD_TOO_LARGE, problem)
+            self._command_of(command.deadman, targets).check_size()  # one that boards can't take is refused whole
         for device in targets if command.deadman is not None else ():
             self._file(device.device_id, command.deadman)  # before the command leaves, so that no crash comes between
         written = self._store.write_command(command.command_id, command)
@@ -2516,16 +2522,10 @@ class Dispatch:
     async def _leave(self, command: Command, targets: Collection[Device], written: asyncio.Future[None] | None) -> None:
         """Send a command once its row is written, or a second after it came."""
         try:
-            await self._persist(command, written, command.came_s + self.PERSIST_TIMEOUT_S - time.monotonic())
+            await command.persist(written, command.came_s + self.PERSIST_TIMEOUT_S - time.monotonic())
             await self._send(command, targets)
         finally:
             command.has_left.set()
-
-    async def _persist(self, command: Command, written: asyncio.Future[None] | None, timeout_s: float) -> None:
-        """Wait for a command's row, and note whether it is written."""
-        if written is not None and not written.done():
-            await asyncio.wait((written,), timeout=timeout_s)
-        command.is_persisted = written is not None and written.done()
 
     async def _send(self, command: Command, targets: Collection[Device], fired: ArmedDeadman | None = None) -> None:
         """Send a command, which may be that of a deadman, to its targets, all at once; arm its own deadman on those that take
@@ -2643,7 +2643,7 @@ class Dispatch:
             async with asyncio.timeout(timeout_s):
                 await command.released.wait()
         # What the caller is told of has to outlast a crash.
-        await self._persist(command, self._store.write_command(command.command_id, command), self.PERSIST_TIMEOUT_S)
+        await command.persist(self._store.write_command(command.command_id, command), self.PERSIST_TIMEOUT_S)
 
     def acknowledge(self, device: Device, message: CommandAck) -> None:
         """A board answers a command. Raises COMMAND_NOT_FOUND."""
@@ -2704,10 +2704,7 @@ class Dispatch:
 
 
 class Gateway:
-    """What happens when. Owns the registry, the commands, the connections and the way into the store.
-
-    Its methods are the verbs of the contract; all of them belong to the event loop's thread.
-    """
+    """What happens when: the verbs of the contract. All of it belongs to the event loop's thread."""
 
     ACTIVITY_SAVE_INTERVAL_S = 60.0  # a device's last activity reaches the disk this often, and at its end
     STOP_TIMEOUT_S = 5.0  # for all boards to echo the close
@@ -2739,8 +2736,9 @@ class Gateway:
             if self.registry.find(row["device_id"]) is None:
                 self.registry.know(Device.restore(row))
         self.dispatch.take_up(loaded.commands, loaded.deadmen)
-        open_commands, deadmen = len(self.dispatch.open), len(loaded.deadmen)
-        log.info("restored", devices=len(loaded.devices), open_commands=open_commands, deadmen=deadmen)
+        if any(loaded):
+            open_commands, deadmen = len(self.dispatch.open), len(loaded.deadmen)
+            log.info("restored", devices=len(loaded.devices), open_commands=open_commands, deadmen=deadmen)
 
     async def stop(self) -> None:
         """Take no more commands, send every armed deadman, log every board off and close its connection with 1001; then
