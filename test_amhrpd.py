@@ -4737,12 +4737,18 @@ async def test_board_that_waits_for_its_turn_is_not_taken_for_a_dead_one(
 ) -> None:
     monkeypatch.setattr(amhrpd, "UPKEEP_INTERVAL_S", 0.05)
     monkeypatch.setattr(amhrpd.Backlog, "CONGESTED_BYTES", 0)
-    async with gateway_on(database, ping_interval_s=0.2) as client, client.board("busy") as board:
+    async with gateway_on(database, ping_interval_s=0.2) as client, contextlib.AsyncExitStack() as stack:
+        boards = [await stack.enter_async_context(client.board(f"busy_{number}")) for number in range(8)]
         with disk_that_stalls(database):
-            for number in range(2 * amhrpd.DeviceSocket.TURN_FRAMES):  # between the two turns it waits for a second
-                await say(board, "status", payload={"n": number})
-            await eventually(lambda: state_is(client, "busy", {"n": number}), within_s=10)
-        assert await client.events("busy") == ["connected"]
+            began_s = time.monotonic()
+            for number in range(2 * amhrpd.DeviceSocket.TURN_FRAMES):  # between the two turns all of them wait for a second
+                for board in boards:
+                    await say(board, "status", payload={"n": number})
+            for n in range(8):
+                await eventually(lambda: state_is(client, f"busy_{n}", {"n": number}))  # noqa: B023 - awaited at once
+            assert time.monotonic() - began_s < 8  # a second a board would be twice that
+        for n in range(8):
+            assert await client.events(f"busy_{n}") == ["connected"]
 
 
 @in_a_loop
