@@ -9,7 +9,7 @@ The file reads from top to bottom; each room uses only the rooms above it:
     Messages        what boards and callers send, decoded and validated in one step
     Store           the tables, the file, a thread that writes, some that read, one that syncs
     Devices         the registry: every device known, the connections of those online
-    Commands        the commands that are open or may still be answered
+    Commands        a command and what became of it
     Events          who listens to what happens
     Gateway         what happens when: the verbs
     Device socket   one board's connection: frame -> message -> verb, error -> reply
@@ -64,7 +64,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar, get_args
 
 import aiohttp
 import dataset
@@ -1743,28 +1743,6 @@ def server_frame(opcode: WSMsgType, payload: bytes) -> bytes:
     return bytes([0x80 | opcode]) + size + payload
 
 
-class ReplacedError(GatewayError):
-    """A newer connection of the device is registered."""
-
-
-class Connection(Protocol):
-    """What the rooms down to the gateway know of a board's connection (see DeviceSocket)."""
-
-    device_id: str
-    peer: str
-    opened_s: float  # monotonic
-    device: Device | None  # once it is registered
-
-    def send(self, frames: bytes) -> bool:
-        """Hand frames to the network, without waiting. False where the board doesn't take them."""
-
-    def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
-        """End it from this side: its device is offline at once. Only the first call says why."""
-
-    def look_after(self, now_s: float, stood_still_s: float) -> None:
-        """Ping the board, or hang up on it where it is silent for too long."""
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class ArmedDeadman:
     """What the devices that took a command get unless it is disarmed in time (contract, section 4)."""
@@ -1772,15 +1750,10 @@ class ArmedDeadman:
     command_name: str
     payload: Json
     after_s: float = 0.0
-    device_type: str = ""  # of the command that it goes with; after a crash none is known
+    device_type: str = EVERY_TYPE  # of the command that it goes with; after a crash nobody knows
     armed_by: str = ""  # its id
     sent_s: float = -math.inf  # monotonic: when it was sent, and this armed
     due_at: datetime = dataclasses.field(default_factory=lambda: utc_now())
-
-    @property
-    def due_s(self) -> float:
-        """When it is due, monotonic."""
-        return self.sent_s + self.after_s
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1797,10 +1770,14 @@ class Device:
     state_timestamp: datetime | None = None
     alert: Row | None = None  # the latest, in memory only
     deadman: ArmedDeadman | None = None  # until it is disarmed, or has arrived
-    fired_on: Connection | None = None  # where the deadman was sent
-    connection: Connection | None = None
-    saved_s: float = -math.inf  # monotonic time of the last row handed to the store
-    counted_bytes: int = 0  # what Registry counts it with
+    connection: DeviceSocket | None = None
+
+    @classmethod
+    def restore(cls, row: Row) -> Device:
+        """A device of an earlier run, which is offline, from its row as memory takes it up (see `for_memory`)."""
+        names = ("device_id", "device_type", "connected_at", "last_heartbeat", "disconnected_at", "state", "state_timestamp")
+        values: Row = {name: row.get(name) for name in names}
+        return cls(metadata=row["metadata_json"], **values)
 
     @property
     def is_online(self) -> bool:
@@ -1840,13 +1817,18 @@ class Device:
         record = {"device_id": self.device_id, "device_type": self.device_type, "state": raw(self.state or b"null")}
         return record | {"timestamp": format_time(self.state_timestamp)}
 
-    @classmethod
-    def restore(cls, row: Row) -> Device:
-        """A device of an earlier run, which is offline, from its row as memory takes it up (see `for_memory`)."""
-        names = ("device_id", "device_type", "connected_at", "last_heartbeat", "disconnected_at")
-        device = cls(metadata=row["metadata_json"], **{name: row[name] for name in names})
-        device.state, device.state_timestamp = row.get("state"), row.get("state_timestamp")
-        return device
+
+AnyEntry = TypeVar("AnyEntry", Device, "Command")
+
+
+def surplus(kept: Collection[AnyEntry], max_count: int, max_bytes: int) -> Iterator[AnyEntry]:
+    """The first of some devices or commands, as many as are too many, or too large with the others."""
+    count, size_bytes = len(kept), sum(each.size_bytes for each in kept)
+    for each in list(kept):
+        if count <= max_count and size_bytes <= max_bytes:
+            return
+        count, size_bytes = count - 1, size_bytes - each.size_bytes
+        yield each
 
 
 class Registry:
@@ -1861,7 +1843,6 @@ class Registry:
         self._store = store
         self._devices: dict[str, Device] = {}
         self._offline: dict[str, Device] = {}  # who was longest away first
-        self._total_bytes = 0
 
     def __len__(self) -> int:
         return len(self._devices)
@@ -1883,82 +1864,64 @@ class Registry:
             if (device_type is None or device.device_type == device_type) and is_online in (None, device.connection is not None)
         ]
 
-    # -- what is in memory ---------------------------------------------------------------------------------------------
-
     def know(self, device: Device) -> None:
-        """Take a device in."""
-        self._devices[device.device_id] = device
-        if not device.is_online:
-            self._offline[device.device_id] = device
-        self.count(device)
+        """Take in a device that is offline."""
+        self._devices[device.device_id] = self._offline[device.device_id] = device
 
     def forget(self, device: Device) -> None:
         """Let go of a device that is offline."""
         self._devices.pop(device.device_id, None)
         self._offline.pop(device.device_id, None)
-        self._total_bytes -= device.counted_bytes
-        device.counted_bytes = 0
 
-    def count(self, device: Device) -> None:
-        """Count what a device takes now. Those that were longest away make room, and last its own state."""
-        size_bytes = device.size_bytes
-        self._total_bytes += size_bytes - device.counted_bytes
-        device.counted_bytes = size_bytes
-        while self._offline and (self._total_bytes > self.MAX_BYTES or len(self._devices) > self.MAX_DEVICES):
-            self.forget(next(iter(self._offline.values())))
-        if self._total_bytes > self.MAX_BYTES and device.state is not None:
+    def make_room(self) -> None:
+        """Let go of what is too much: devices that were longest away, and then, of those online, the largest states."""
+        online = sorted(self.matching(is_online=True), key=operator.attrgetter("size_bytes"), reverse=True)
+        left_bytes = self.MAX_BYTES - sum(device.size_bytes for device in online)
+        for device in surplus(self._offline.values(), self.MAX_DEVICES - len(online), left_bytes):
+            self.forget(device)
+        for device in surplus(online, len(online), self.MAX_BYTES):
             log.warning("state_not_kept", device_id=device.device_id, problem="the states of all boards take too much memory")
             device.state = device.state_timestamp = None
-            self.count(device)
-
-    def save(self, device: Device, *, urgent: bool = True) -> None:
-        """Have the store write a device's row; see Backlog."""
-        device.saved_s = time.monotonic()
-        self._store.put_device(device.device_id, device, urgent=urgent)
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
-    def come_online(self, connection: Connection, device_type: str) -> Device:
-        """A connection registers. Of two connections of a device the one that was opened later wins: it takes over, and at
-        no moment the device reads as offline. Raises ReplacedError where the later one is registered already.
+    def come_online(self, connection: DeviceSocket, device_type: str) -> Device:
+        """A connection registers; its device's row is to be put next. Of two connections of a device the one that was opened
+        later wins: it takes over, and at no moment the device reads as offline. Raises UNAUTHORIZED on the other one.
         """
         now = utc_now()
         device = self.find(connection.device_id) or Device(connection.device_id, device_type, now)
         previous, reason = device.connection, "replaced by a newer connection"
         if previous is not None and previous.opened_s > connection.opened_s:
-            raise ReplacedError(Code.UNAUTHORIZED, reason)
+            connection.hang_up(CLOSE_REPLACED, reason)
+            raise GatewayError(Code.UNAUTHORIZED, reason)
         # Two boards with one id replace each other for ever, and would fill the history.
         is_written = previous is None or time.monotonic() - previous.opened_s > self.TAKEOVER_WRITTEN_AFTER_S
         if not is_written:
             log.warning("takeovers_not_written", device_id=device.device_id, reason="do two boards have this device_id?")
         elif previous is not None:
-            self._write_event(device, DISCONNECTED, previous, CLOSE_REPLACED, "replaced", now)
+            self._write_event(device, DISCONNECTED, previous, now, CLOSE_REPLACED, "replaced")
         device.device_type, device.connection, connection.device = device_type, connection, device
         device.connected_at = device.last_heartbeat = now
         device.disconnected_at = None
         if previous is not None:
             previous.hang_up(CLOSE_REPLACED, reason)
+        self._devices[device.device_id] = device
         self._offline.pop(device.device_id, None)
-        self.know(device)
-        self.save(device)
         if is_written:
-            self._write_event(device, CONNECTED, connection, None, None, now)
+            self._write_event(device, CONNECTED, connection, now)
         return device
 
-    def go_offline(self, connection: Connection, event: str, code: int | None, reason: str) -> Device | None:
-        """A connection is over. Returns its device where it went offline by that."""
-        device = connection.device
-        if device is None or device.connection is not connection:
-            return None
+    def go_offline(self, device: Device, connection: DeviceSocket, event: str, code: int | None, reason: str) -> None:
+        """A device's connection is over."""
         device.connection = None
         device.disconnected_at = utc_now()
         self._offline[device.device_id] = device
-        self.save(device)
-        self._write_event(device, event, connection, code, reason, device.disconnected_at)
-        return device
+        self._store.put_device(device.device_id, device)
+        self._write_event(device, event, connection, device.disconnected_at, code, reason)
 
     def _write_event(
-        self, device: Device, event: str, connection: Connection, code: int | None, reason: str | None, moment: datetime
+        self, device: Device, event: str, connection: DeviceSocket, at: datetime, code: int | None = None, reason: str = ""
     ) -> None:
         details: Row = {"peer": connection.peer}
         if event != CONNECTED:
@@ -1966,9 +1929,8 @@ class Registry:
             details |= {"reason": reason, "code": None if code is None else int(code), "seconds_connected": seconds}
         log.info(f"device_{event}", device_id=device.device_id, **details)
         said = to_json(details)
-        row = (device.device_id, device.device_type, event, stored_time(moment), said)
-        if not self._store.put_telemetry("device_connection_logs", row, said):
-            log.warning("event_dropped", device_id=device.device_id, dropped=event)
+        row = (device.device_id, device.device_type, event, stored_time(at), said)
+        self._store.put_telemetry("device_connection_logs", row, said)
 
 
 # ======================================================================================================================
@@ -1978,11 +1940,7 @@ class Registry:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Command:
-    """One command and what became of it. `recipients` is None after a restart: then any device of the type may answer.
-
-    Its `status` is that of the contract's section 4. It is open until every target has answered or its time is over: with
-    `created` or `sent`, or with `ack_error` from the first failure on. An answer that comes later still counts.
-    """
+    """One command and what became of it (contract, section 4)."""
 
     device_type: str
     command_name: str
@@ -1992,12 +1950,11 @@ class Command:
     created_at: datetime = dataclasses.field(default_factory=lambda: utc_now())
     command_id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     status: str = CREATED
-    is_open: bool = True
     executed_at: datetime | None = None
     completed_at: datetime | None = None
     deadman: ArmedDeadman | None = None
     named: Collection[str] = ()  # the ids that the caller named
-    recipients: set[str] | None = dataclasses.field(default_factory=set)
+    recipients: set[str] | None = dataclasses.field(default_factory=set)  # None after a restart: any device of the type
     answers: dict[str, msgspec.Raw] = dataclasses.field(default_factory=dict)
     answer_bytes: int = 0
     succeeded: set[str] = dataclasses.field(default_factory=set)
@@ -2015,19 +1972,15 @@ class Command:
     def restore(cls, row: Row, timeout_s: float) -> Command:
         """A command of an earlier run, from its row as memory takes it up (see `for_memory`)."""
         names = ("command_id", "device_type", "command_name", "payload", "status", "created_at", "executed_at", "completed_at")
-        command = cls(
-            timeout_s=timeout_s,
-            is_open=row["status"] in OPEN_STATUSES,
-            target_device_count=row["target_device_count"] or 0,
-            recipients=None,
-            **{name: row[name] for name in names},
-        )
-        answers = json_decoder.decode(row["response_data"] or b"{}")  # deeper than what comes in: `read_json` let it pass
-        if isinstance(answers, dict):  # the earlier backend left there what it liked
-            for device_id, answer in answers.items():
-                command._keep_answer(device_id, answer)
-                if isinstance(answer, dict) and "status" in answer:
-                    (command.succeeded if answer["status"] == "success" else command.failed).add(device_id)
+        count, values = row["target_device_count"] or 0, {name: row[name] for name in names}
+        command = cls(timeout_s=timeout_s, target_device_count=count, recipients=None, **values)
+        with contextlib.suppress(msgspec.ValidationError):  # the earlier backend left there what it liked
+            command.answers = msgspec.json.decode(row["response_data"] or b"{}", type=dict[str, msgspec.Raw])
+        for device_id, answer in command.answers.items():
+            command.answer_bytes += 200 + len(answer)
+            match json_decoder.decode(answer):
+                case {"status": status}:
+                    (command.succeeded if status == "success" else command.failed).add(device_id)
         return command
 
     @property
@@ -2035,12 +1988,9 @@ class Command:
         """What it takes in memory, about: the object, an entry of a set for each recipient, the answers."""
         return 1500 + 64 * self.target_device_count + len(self.payload) + self.answer_bytes
 
-    def frame(self) -> bytes:
-        """The frame for the boards: seven keys, in the order that those in the field need (contract, section 3).
-
-        Raises PAYLOAD_TOO_LARGE.
-        """
-        message = to_json(
+    def message(self) -> bytes:
+        """What the boards get: seven keys, in the order that those in the field need (contract, section 3)."""
+        return to_json(
             {
                 "message_type": "command",
                 "command_id": self.command_id,
@@ -2051,25 +2001,21 @@ class Command:
                 "payload": raw(self.payload),
             }
         )
-        if len(message) > MAX_COMMAND_FRAME_BYTES:
-            problem = f"the command would be a frame of {len(message)} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most"
+
+    def check_size(self) -> None:
+        """Raise PAYLOAD_TOO_LARGE where no board could take it."""
+        if (size_bytes := len(self.message())) > MAX_COMMAND_FRAME_BYTES:
+            problem = f"the command would be a frame of {size_bytes} bytes; boards take {MAX_COMMAND_FRAME_BYTES} at the most"
             raise GatewayError(Code.PAYLOAD_TOO_LARGE, problem)
-        return server_frame(WSMsgType.TEXT, message)
 
     def may_be_answered_by(self, device: Device) -> bool:
         """Whether the command was sent to the device, as far as is known."""
         if self.recipients is None:
-            answered = self.succeeded | self.failed
-            is_missing = len(answered) < self.target_device_count
-            return (device.device_id in answered or is_missing) and self.device_type in (device.device_type, EVERY_TYPE)
+            return self.device_type in (device.device_type, EVERY_TYPE)
         return device.device_id in self.recipients
 
     def count_answer(self, device_id: str, ack: CommandAck) -> bool:
-        """Count a device's answer and move the status on. False where it changes nothing.
-
-        A repeated answer changes nothing, and a success that follows a failure of the same device doesn't undo it:
-        `ack_error` holds from the first such answer on (contract, section 4).
-        """
+        """Count a device's answer. False where it changes nothing: it is repeated, or a success after a failure."""
         is_success = ack.status in (None, "success")
         if device_id in self.failed or (is_success and device_id in self.succeeded):
             return False
@@ -2086,22 +2032,17 @@ class Command:
             "execution_time": ack.execution_time,
             "received_at": format_time(now),
         }
-        self._keep_answer(device_id, answer)
+        self.answers[device_id] = raw(to_json(answer))
+        self.answer_bytes += 200 + len(self.answers[device_id])  # with the entry and its key
         if len(self.succeeded) + len(self.failed) >= self.target_device_count:
             self.completed_at = now
-            self.conclude(ACK_ERROR if self.failed else ACK_SUCCESS)
         return True
 
-    def _keep_answer(self, device_id: str, answer: object) -> None:
-        encoded = to_json(answer)
-        self.answer_bytes += 200 + len(encoded) - len(self.answers.get(device_id, b""))  # with the entry and its key
-        self.answers[device_id] = msgspec.Raw(encoded)
-
-    def conclude(self, status: str) -> None:
-        """No answer is awaited any more."""
-        self.status = status
-        self.is_open = False
-        self.release()
+    async def persist(self, written: asyncio.Future[None] | None, timeout_s: float) -> None:
+        """Wait for its row to be written, and note whether it is."""
+        if written is not None and not written.done():
+            await asyncio.wait((written,), timeout=timeout_s)
+        self.is_persisted = written is not None and written.done()
 
     def release(self) -> None:
         """Who waits gets the command as it is, and no timer is left."""
@@ -2116,97 +2057,30 @@ class Command:
         what = (self.command_id, self.device_type, self.command_name, self.payload, self.status)
         return (*what, *times, answers, self.target_device_count, len(self.succeeded))
 
-    def row_record(self) -> Row:
+    def record(self) -> Row:
         """The row as the command log shows it, ready to encode."""
-        times = {"executed_at": format_time(self.executed_at), "completed_at": format_time(self.completed_at)}
-        record = self.record(with_answers=True) | times
-        return {name: record[name] for name in COLUMNS["command_logs"]}
-
-    def record(self, *, with_answers: bool) -> Row:
-        """The command as `POST /command` answers it (contract, section 6), ready to encode."""
-        record: Row = {
+        return {
             "command_id": self.command_id,
             "device_type": self.device_type,
             "command_name": self.command_name,
             "payload": raw(self.payload),
             "status": self.status,
             "created_at": format_time(self.created_at),
+            "executed_at": format_time(self.executed_at),
+            "completed_at": format_time(self.completed_at),
+            "response_data": self.answers or None,
             "target_device_count": self.target_device_count,
             "success_count": len(self.succeeded),
         }
+
+    def answer(self, *, with_answers: bool) -> Row:
+        """The command as `POST /command` answers it (contract, section 6), ready to encode."""
+        hidden = ("executed_at", "completed_at", *(() if with_answers else ("response_data",)))
+        answer = {name: value for name, value in self.record().items() if name not in hidden}
         if (deadman := self.deadman) is not None:
             shown = {"after": deadman.after_s, "command_name": deadman.command_name, "payload": raw(deadman.payload)}
-            record["deadman"] = shown
-        if with_answers:
-            record["response_data"] = self.answers or None
-        return record if self.is_persisted else record | {"persisted": False}
-
-
-Kept = TypeVar("Kept", bound=Storable)
-
-
-class Bounded(Generic[Kept]):
-    """A dictionary with a limit of entries and of bytes. The oldest make room."""
-
-    def __init__(self, max_entries: int, max_bytes: int) -> None:
-        self._max_entries = max_entries
-        self._max_bytes = max_bytes
-        self._entries: dict[str, tuple[Kept, int]] = {}
-        self._total_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[Kept]:
-        return iter([kept for kept, _ in self._entries.values()])
-
-    def get(self, key: str) -> Kept | None:
-        """The value, or None."""
-        return self._entries[key][0] if key in self._entries else None
-
-    def pop(self, key: str) -> None:
-        """Take an entry out, if it is in."""
-        _, size_bytes = self._entries.pop(key, (None, 0))
-        self._total_bytes -= size_bytes
-
-    def put(self, key: str, value: Kept) -> list[Kept]:
-        """Put a value in at its place, or at the end, as large as it is now. Returns those that gave way to it."""
-        _, before_bytes = self._entries.get(key, (None, 0))
-        self._entries[key] = value, value.size_bytes
-        self._total_bytes += self._entries[key][1] - before_bytes
-        gone: list[Kept] = []
-        while (len(self._entries) > self._max_entries or self._total_bytes > self._max_bytes) and len(self._entries) > 1:
-            oldest = next(iter(self._entries))
-            gone.append(self._entries[oldest][0])
-            self.pop(oldest)
-        return gone
-
-
-class Commands:
-    """The commands that are open, and the latest of those that were: late and repeated answers find them here."""
-
-    MAX_COMMANDS = 5000  # of each
-    MAX_BYTES = 8 << 20  # of each
-
-    def __init__(self, end_early: Callable[[Command], None]) -> None:
-        """`end_early` is called with open ones, the oldest, that have to make room."""
-        self._end_early = end_early
-        self.open: Bounded[Command] = Bounded(self.MAX_COMMANDS, self.MAX_BYTES)
-        self._closed: Bounded[Command] = Bounded(self.MAX_COMMANDS, self.MAX_BYTES)
-
-    def keep(self, command: Command) -> None:
-        """Know a command, as large as it is now."""
-        if command.is_open:
-            for oldest in self.open.put(command.command_id, command):
-                log.warning("open_command_ended_early", problem="newer ones need its place")
-                self._end_early(oldest)
-        else:
-            self.open.pop(command.command_id)
-            self._closed.put(command.command_id, command)
-
-    def find(self, command_id: str) -> Command | None:
-        """The command, open or closed lately, or None."""
-        return self.open.get(command_id) or self._closed.get(command_id)
+            answer["deadman"] = shown
+        return answer if self.is_persisted else answer | {"persisted": False}
 
 
 # ======================================================================================================================
@@ -2388,104 +2262,30 @@ class Events:
 # ======================================================================================================================
 
 
-class Deadmen:
-    """Which devices have a deadman (contract, section 4), and what becomes of it.
-
-    It is armed when the command that it goes with was sent, in place of the one before (`arm`). It is due some time later, is
-    sent then (`take_due`), and again on each new connection, until a command of its name has arrived that was sent after it
-    was armed, be it its own or anybody's (`Dispatch.note_arrival`). Each is a row, too, so that it outlasts a crash.
-    """
-
-    def __init__(self, store: Store, tell: Callable[[Device], None], wake: Callable[[], None]) -> None:
-        """`tell` is called with a device whose deadman has changed, `wake` when some are due."""
-        self._store = store
-        self._tell = tell
-        self._wake = wake
-        self._devices: dict[str, Device] = {}  # those that have one, also where they were forgotten meanwhile
-        self._rows: dict[str, Values | None] = {}  # what the file has, or is about to
-        self._alarm: asyncio.TimerHandle | None = None
-
-    def save(self, device_id: str, deadman: ArmedDeadman | None) -> None:
-        """Have the file know a device's deadman: before the command leaves that it goes with, so no crash comes between."""
-        row = None if deadman is None else (device_id, deadman.command_name, deadman.payload)
-        if self._rows.get(device_id) != row:
-            self._store.put_deadman(device_id, row)
-            self._rows[device_id] = row
-
-    def arm(self, device: Device, deadman: ArmedDeadman | None) -> None:
-        """Have a device's deadman in place of the one that it has; None disarms it."""
-        device.deadman, device.fired_on = deadman, None
-        self.save(device.device_id, deadman)
-        if deadman is None:
-            self._devices.pop(device.device_id, None)
-        else:
-            self._devices[device.device_id] = device
-        self._tell(device)
-
-    def take_up(self, rows: Iterable[Row], find: Callable[[str], Device | None]) -> None:
-        """Know what the last run left armed: it is due as soon as its device is online."""
-        for row in rows:
-            device_id = row["device_id"]
-            if device_id not in self._rows:
-                device = find(device_id) or Device(device_id, "", utc_now())
-                self.arm(device, ArmedDeadman(row["command_name"], row["payload"]))
-        self._wake()
-
-    def meet(self, device: Device) -> None:
-        """A device registers: the deadman that it has is sent where it is due."""
-        if (known := self._devices.get(device.device_id)) is not None:
-            device.deadman = known.deadman
-            self._devices[device.device_id] = device
-            self._wake()
-
-    def note_fired(self, device: Device, connection: Connection) -> None:
-        """A device's deadman was sent."""
-        device.fired_on = connection
-        self._tell(device)
-
-    def note_echo(self, device: Device, connection: Connection) -> None:
-        """A device has answered our close frame: whatever was sent before has arrived."""
-        if device.deadman is not None and device.fired_on is connection:
-            self.arm(device, None)
-
-    def take_due(self, *, all_armed: bool) -> dict[ArmedDeadman, list[Device]]:
-        """Those to be sent now: due, and not sent on the device's connection yet. Sets the alarm for the next one."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-        loop = asyncio.get_running_loop()
-        now_s = loop.time() + 0.001  # its timers are that early
-        due: dict[ArmedDeadman, list[Device]] = {}
-        next_due_s = math.inf
-        for device in self._devices.values():
-            assert device.deadman is not None
-            if device.deadman.due_s > now_s and not all_armed:
-                next_due_s = min(next_due_s, device.deadman.due_s)
-            elif device.connection not in (None, device.fired_on):
-                due.setdefault(device.deadman, []).append(device)
-        if next_due_s < math.inf:
-            self._alarm = loop.call_at(next_due_s, self._wake)
-        return due
+def tell_of(events: Events, device: Device) -> None:
+    """Have listeners know a device as it is now."""
+    events.tell("device", device.device_type, (device.device_id,), device.record, of=device.device_id)
 
 
 class Dispatch:
-    """Commands on their way: the one line in which they leave, to whom they go, and what comes back.
-
-    One task takes what is in the line, in order. There a command waits for its row, until a second after it came.
-    """
+    """Commands on their way: the one line in which they leave, to whom they go, what comes back, and what deadmen send."""
 
     PERSIST_TIMEOUT_S = 1.0  # contract, section 6: the longest that a store holds a command up
     TURN_TARGETS = 64  # under a millisecond of sending, then the others have their turn
+    MAX_COMMANDS = 5000  # that are open, and of those that were: late and repeated answers find them
+    MAX_BYTES = 8 << 20  # of each
 
-    def __init__(self, settings: Settings, store: Store, events: Events, tell: Callable[[Device], None]) -> None:
-        """`tell` is called with a device whose deadman has changed."""
-        self._settings = settings
+    def __init__(self, settings: Settings, store: Store, registry: Registry, events: Events) -> None:
+        self._timeout_s = settings.command_timeout_s
         self._store = store
+        self._registry = registry
         self._events = events
-        self.commands = Commands(self._expire)
-        self.deadmen = Deadmen(store, tell, self.fire_due)
-        self._line: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()  # None: the end
+        self.open: dict[str, Command] = {}  # until all have answered, or their time is over
+        self._closed: dict[str, Command] = {}
+        self._filed: dict[str, ArmedDeadman] = {}  # by device_id: what the file has, or is about to
+        self._alarm: asyncio.TimerHandle | None = None  # for the next deadman that is due
+        self._line: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()  # one leaves at a time; None: the end
         self._sending: asyncio.Task[None] | None = None
-        self._is_stopping = False
         self.ended: Counter[str] = Counter()  # commands by the status they ended with
         self.answer_seconds = prometheus_client.Histogram(
             "amhrpd_answer_seconds", "until the last answer", registry=None, buckets=BUCKETS_S
@@ -2506,111 +2306,147 @@ class Dispatch:
 
     async def stop(self) -> None:
         """Send what is in the line and every armed deadman, and await no more answers. What is open stays so in the file."""
-        self._is_stopping = True
-        self._line.put_nowait(self._fire)  # also what is armed only by what still is in the line
+        self._line.put_nowait(functools.partial(self._fire, all_armed=True))  # with what is armed by those before it
         self._line.put_nowait(None)
         if self._sending is not None:
             await self._sending  # takes a second at the most: nothing more comes into the line
-        for command in self.commands.open:
+        for command in self.open.values():
             command.release()
 
     async def command(self, request: CommandRequest, device_type: str, targets: Collection[Device]) -> Command:
-        """See Gateway.command. Raises PAYLOAD_TOO_LARGE."""
-        timeout_s = float(request.timeout or self._settings.command_timeout_s)
+        """A command for these targets, as it left. Raises PAYLOAD_TOO_LARGE."""
+        timeout_s = float(request.timeout or self._timeout_s)
         command = Command(device_type, request.command_name, to_json(request.payload or {}), timeout_s, len(targets))
         command.named = request.device_id or ()
+        command.check_size()
         if (wanted := request.deadman) is not None:
             payload, armed_by = to_json(wanted.payload or {}), command.command_id
             command.deadman = ArmedDeadman(wanted.command_name, payload, wanted.after, device_type, armed_by)
-            self._command_of(command.deadman, targets).frame()  # one that boards can't take is refused whole
-        frame = command.frame()
-        self.commands.keep(command)
+            self._command_of(command.deadman, targets).check_size()  # one that boards can't take is refused whole
         for device in targets if command.deadman is not None else ():
-            self.deadmen.save(device.device_id, command.deadman)
+            self._file(device.device_id, command.deadman)  # before the command leaves, so that no crash comes between
         written = self._store.write_command(command.command_id, command)
-        self._line.put_nowait(functools.partial(self._leave, command, targets, frame, written))
+        self._line.put_nowait(functools.partial(self._leave, command, targets, written))
         await command.has_left.wait()
         return command
 
-    async def _leave(
-        self, command: Command, targets: Collection[Device], frame: bytes, written: asyncio.Future[None] | None
-    ) -> None:
+    async def _leave(self, command: Command, targets: Collection[Device], written: asyncio.Future[None] | None) -> None:
         """Send a command once its row is written, or a second after it came."""
         try:
-            if written is not None and not written.done():
-                left_s = command.came_s + self.PERSIST_TIMEOUT_S - time.monotonic()
-                await asyncio.wait((written,), timeout=max(0.0, left_s))
-            command.is_persisted = written is not None and written.done()
-            await self._send(command, targets, frame)
+            await command.persist(written, command.came_s + self.PERSIST_TIMEOUT_S - time.monotonic())
+            await self._send(command, targets)
         finally:
             command.has_left.set()
 
-    async def _send(self, command: Command, targets: Collection[Device], frame: bytes, *, is_fired: bool = False) -> None:
-        """Send a command to its targets, all at once, arm its deadman on those that take it, and save what became of it."""
+    async def _send(self, command: Command, targets: Collection[Device], fired: ArmedDeadman | None = None) -> None:
+        """Send a command, which may be that of a deadman, to its targets, all at once; arm its own deadman on those that take
+        it, and save what became of it.
+        """
         assert command.recipients is not None
+        frame, deadman = server_frame(WSMsgType.TEXT, command.message()), command.deadman
+        self._await_answers(command)
         command.sent_s = time.monotonic()
-        if command.deadman is not None:
-            command.deadman.sent_s = command.sent_s
-            command.deadman.due_at = utc_now() + timedelta(seconds=command.deadman.after_s)
+        if deadman is not None:
+            deadman.sent_s, deadman.due_at = command.sent_s, utc_now() + timedelta(seconds=deadman.after_s)
         for number, device in enumerate(targets, start=1):
-            connection, deadman = device.connection, device.deadman
-            disarms = deadman is not None and deadman.command_name == command.command_name
+            connection = device.connection
+            disarms = device.deadman is not None and device.deadman.command_name == command.command_name
             # The pong to a ping right behind the frame shows that it has arrived.
-            frames = frame + server_frame(WSMsgType.PING, command.command_id.encode()) if disarms else frame
-            if connection is None or not connection.send(frames):
+            proof = server_frame(WSMsgType.PING, command.command_id.encode()) if disarms else b""
+            if connection is None or not connection.send(frame + proof):
                 log.warning("command_not_taken", device_id=device.device_id, command=command.command_id)
-                self.deadmen.save(device.device_id, deadman)
+                if deadman is not None:
+                    self._file(device.device_id, device.deadman)  # as it was
                 continue
             command.recipients.add(device.device_id)
-            if command.deadman is not None:
-                self.deadmen.arm(device, command.deadman)
-            elif is_fired:
-                self.deadmen.note_fired(device, connection)
+            if deadman is not None:
+                self.arm(device, deadman)
+            elif fired is not None:
+                connection.fired = fired
+                tell_of(self._events, device)
             if number % self.TURN_TARGETS == 0:
                 await asyncio.sleep(0)
-        if command.deadman is not None:
+        if deadman is not None:
             self.fire_due()  # sets the alarm
-        self._note_sent(command)
-
-    def _note_sent(self, command: Command) -> None:
         if command.recipients:
             command.executed_at = utc_now()
             command.status = SENT if command.status == CREATED else command.status
-            self._expire_later(command)
             self._save(command)
         else:
             self._conclude(command, NO_DEVICES)
         what = {"command_name": command.command_name, "device_type": command.device_type, "status": command.status}
         log.info("command_routed", command_id=command.command_id, **what, targets=command.target_device_count)
 
+    # -- deadmen (contract, section 4) ---------------------------------------------------------------------------------
+
+    def _file(self, device_id: str, deadman: ArmedDeadman | None) -> None:
+        """Have the file know a device's deadman."""
+        if deadman is None and self._filed.pop(device_id, None) is not None:
+            self._store.put_deadman(device_id, None)
+        elif deadman is not None and self._filed.get(device_id) is not deadman:
+            self._filed[device_id] = deadman
+            self._store.put_deadman(device_id, (device_id, deadman.command_name, deadman.payload))
+
+    def arm(self, device: Device, deadman: ArmedDeadman | None) -> None:
+        """Have a device's deadman in place of the one that it has; None disarms it."""
+        device.deadman = deadman
+        self._file(device.device_id, deadman)
+        tell_of(self._events, device)
+
+    def meet(self, device: Device) -> None:
+        """A device is here anew: the deadman that it had when it was forgotten, or the last run ended, is its own again."""
+        self.arm(device, device.deadman or self._filed.get(device.device_id))
+        if device.deadman is not None:
+            self.fire_due()
+
     def fire_due(self) -> None:
         """Send the deadmen that are due, when their turn comes: behind what came before."""
         self._line.put_nowait(self._fire)
 
-    async def _fire(self) -> None:
-        """One command for all devices that are due by the same one. It waits for no row of its own: that follows."""
-        for deadman, devices in self.deadmen.take_due(all_armed=self._is_stopping).items():
+    async def _fire(self, *, all_armed: bool = False) -> None:
+        """Send the deadmen that are due, or all, where they weren't sent on the device's connection yet: one command for all
+        devices that are due by the same one. It waits for no row of its own. Sets the alarm for what is due next.
+        """
+        if self._alarm is not None:
+            self._alarm.cancel()
+        loop, due = asyncio.get_running_loop(), defaultdict[ArmedDeadman, list[Device]](list)
+        next_due_s = math.inf
+        for device in filter(None, map(self._registry.find, self._filed)):
+            if (deadman := device.deadman) is None:
+                continue  # that of a command which is still in the line
+            if (due_s := deadman.sent_s + deadman.after_s) > loop.time() + 0.001 and not all_armed:  # its timers are that early
+                next_due_s = min(next_due_s, due_s)
+            elif device.connection is not None and device.connection.fired is not deadman:
+                due[deadman].append(device)
+        if next_due_s < math.inf:
+            self._alarm = loop.call_at(next_due_s, self.fire_due)
+        for deadman, devices in due.items():
             command = self._command_of(deadman, devices)
             log.warning("deadman_fired", command_id=command.command_id, armed_by=deadman.armed_by, targets=len(devices))
-            self.commands.keep(command)
-            try:
-                await self._send(command, devices, command.frame(), is_fired=True)
-            except GatewayError as error:  # the others are sent all the same
-                log.error("deadman_failed", command_id=command.command_id, error=str(error))
+            await self._send(command, devices, deadman)
 
     def _command_of(self, deadman: ArmedDeadman, targets: Collection[Device]) -> Command:
-        device_type = deadman.device_type or next(iter(targets)).device_type
-        timeout_s = self._settings.command_timeout_s
-        return Command(device_type, deadman.command_name, deadman.payload, timeout_s, len(targets))
+        return Command(deadman.device_type, deadman.command_name, deadman.payload, self._timeout_s, len(targets))
 
     # -- answers and their end -----------------------------------------------------------------------------------------
 
-    def take_up(self, row: Row) -> None:
-        """Know a command of an earlier run. What was open is open again, for the default timeout."""
-        if self.commands.find(row["command_id"]) is None:
-            command = Command.restore(row, self._settings.command_timeout_s)
-            self._expire_later(command)
-            self.commands.keep(command)
+    def take_up(self, commands: Iterable[Row], deadmen: Iterable[Row]) -> None:
+        """Know the commands of an earlier run, of which the open ones are open again, for the default timeout, and what it
+        left armed, which is due as soon as its device is online.
+        """
+        for row in commands:
+            command = Command.restore(row, self._timeout_s)
+            if command.status in OPEN_STATUSES:
+                self._await_answers(command)
+            else:
+                self._closed[command.command_id] = command
+        for row in deadmen:
+            self._filed.setdefault(row["device_id"], ArmedDeadman(row["command_name"], row["payload"]))
+            if (device := self._registry.find(row["device_id"])) is not None:
+                self.meet(device)
+
+    def _find(self, command_id: str) -> Command | None:
+        return self.open.get(command_id) or self._closed.get(command_id)
 
     async def wait_for_answers(self, command: Command, timeout_s: float) -> None:
         """Return when the command is finished, the time is over, or the gateway stops."""
@@ -2618,63 +2454,68 @@ class Dispatch:
             async with asyncio.timeout(timeout_s):
                 await command.released.wait()
         # What the caller is told of has to outlast a crash.
-        if written := self._store.write_command(command.command_id, command):
-            await asyncio.wait((written,), timeout=self.PERSIST_TIMEOUT_S)
-        command.is_persisted = written is not None and written.done()
+        await command.persist(self._store.write_command(command.command_id, command), self.PERSIST_TIMEOUT_S)
 
     def acknowledge(self, device: Device, message: CommandAck) -> None:
         """A board answers a command. Raises COMMAND_NOT_FOUND."""
         command = self.note_arrival(device, message.command_id)
         if command is None:
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {message.command_id[:64]!r} was not sent to this device")
-        was_open, was_complete = command.is_open, command.completed_at is not None
         if not command.count_answer(device.device_id, message):
             return
-        if was_open and not command.is_open:
-            self.ended[command.status] += 1
-        if command.completed_at is not None and not was_complete and command.recipients is not None:
-            self.answer_seconds.observe(time.monotonic() - command.came_s)
-        self.commands.keep(command)
-        self._save(command)
         log.debug("command_answered", command_id=command.command_id, device_id=device.device_id, status=message.status)
+        if command.completed_at is None:
+            self._save(command)
+            return
+        if command.command_id in self.open and command.recipients is not None:
+            self.answer_seconds.observe(time.monotonic() - command.came_s)
+        self._conclude(command, ACK_ERROR if command.failed else ACK_SUCCESS)
 
     def note_arrival(self, device: Device, command_id: str) -> Command | None:
-        """A command has reached a device, as its acknowledgement shows, or the pong to the ping behind it: this disarms the
-        deadman of its name that was armed before. Returns the command, None where it was never sent to this device.
+        """A command has arrived, as its acknowledgement or the pong to the ping behind it shows: the deadman of its name that
+        was armed before is disarmed. Returns the command, None where it was never sent to this device.
         """
-        command, deadman = self.commands.find(command_id), device.deadman
+        command, deadman = self._find(command_id), device.deadman
         if command is None or not command.may_be_answered_by(device):
             return None
         if deadman is not None and command.command_name == deadman.command_name and command.sent_s > deadman.sent_s:
-            self.deadmen.arm(device, None)
+            self.arm(device, None)
         return command
 
-    def _expire_later(self, command: Command) -> None:
-        if command.is_open:
-            command.expiry = asyncio.get_running_loop().call_later(command.timeout_s, self._expire, command)
-
-    def _conclude(self, command: Command, status: str) -> None:
-        command.conclude(status)
-        self.ended[status] += 1
-        self.commands.keep(command)
-        self._save(command)
+    def _await_answers(self, command: Command) -> None:
+        self.open[command.command_id] = command
+        command.expiry = asyncio.get_running_loop().call_later(command.timeout_s, self._expire, command)
 
     def _expire(self, command: Command) -> None:
-        self._conclude(command, ACK_TIMEOUT if command.status in OPEN_STATUSES else command.status)
         log.info("command_unanswered", command_id=command.command_id, status=command.status, answers=len(command.answers))
+        self._conclude(command, ACK_TIMEOUT if command.status in OPEN_STATUSES else command.status)
+
+    def _conclude(self, command: Command, status: str) -> None:
+        """No answer is awaited any more; one that comes all the same moves the status on."""
+        command.status = status
+        command.release()
+        if self.open.pop(command.command_id, None) is not None:
+            self._closed[command.command_id] = command
+            self.ended[status] += 1
+        self._save(command)
 
     def _save(self, command: Command) -> None:
         """Have the file know a command as it is now, and tell of it."""
         self._store.put_command(command.command_id, command, soon=command.completed_at is None)  # its caller may wait for it
-        device_ids = command.answers if command.recipients is None else command.recipients or command.named
-        self._events.tell("command", command.device_type, device_ids, command.row_record, of=command.command_id)
+        device_ids = command.recipients or command.named or command.answers
+        self._events.tell("command", command.device_type, device_ids, command.record, of=command.command_id)
+
+    def make_room(self) -> None:
+        """Let go of the oldest commands that are too many; of those that are open the oldest end early."""
+        for command in surplus(self.open.values(), self.MAX_COMMANDS, self.MAX_BYTES):
+            log.warning("open_command_ended_early", problem="newer ones need its place")
+            self._expire(command)
+        for command in surplus(self._closed.values(), self.MAX_COMMANDS, self.MAX_BYTES):
+            del self._closed[command.command_id]
 
 
 class Gateway:
-    """What happens when. Owns the registry, the commands, the connections and the way into the store.
-
-    Its methods are the verbs of the contract; all of them belong to the event loop's thread.
-    """
+    """What happens when: the verbs of the contract. All of it belongs to the event loop's thread."""
 
     ACTIVITY_SAVE_INTERVAL_S = 60.0  # a device's last activity reaches the disk this often, and at its end
     STOP_TIMEOUT_S = 5.0  # for all boards to echo the close
@@ -2685,9 +2526,9 @@ class Gateway:
         self._store = store
         self.registry = Registry(store)
         self.events = Events()
-        self.dispatch = Dispatch(settings, store, self.events, self._tell_of_device)
+        self.dispatch = Dispatch(settings, store, self.registry, self.events)
         self.is_stopping = False
-        self.connections: set[Connection] = set()  # each is put in by itself, and goes when it is over
+        self.connections: set[DeviceSocket] = set()  # each is put in by itself, and goes when it is over
         self._turn = asyncio.Lock()  # of boards that say much, one at a time
         self.messages: Counter[type[BoardMessage]] = Counter()  # of boards
         self.refused: Counter[str] = Counter()  # of boards and callers, by code
@@ -2696,30 +2537,23 @@ class Gateway:
         self.loop_late_s = prometheus_client.Histogram(
             "amhrpd_loop_late_seconds", "by how much timers are late", registry=None, buckets=BUCKETS_S
         )
-        self._started_s = self._swept_s = time.monotonic()
+        self._started_s = self._swept_s = self._saved_s = time.monotonic()
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     def take_up(self, loaded: Loaded) -> None:
-        """Know what a file has: its devices, which are offline but for those that came meanwhile, its open commands, which are
-        open again, and the deadmen that the last run left armed.
-        """
+        """Know what a file has. Its devices are offline, but for those that came meanwhile."""
         for row in reversed(loaded.devices):
             if self.registry.find(row["device_id"]) is None:
                 self.registry.know(Device.restore(row))
-        for row in loaded.commands:
-            self.dispatch.take_up(row)
-        self.dispatch.deadmen.take_up(loaded.deadmen, self.registry.find)
-        if loaded.devices or loaded.commands:
-            open_commands, deadmen = len(self.dispatch.commands.open), len(loaded.deadmen)
+        self.dispatch.take_up(loaded.commands, loaded.deadmen)
+        if any(loaded):
+            open_commands, deadmen = len(self.dispatch.open), len(loaded.deadmen)
             log.info("restored", devices=len(loaded.devices), open_commands=open_commands, deadmen=deadmen)
 
     async def stop(self) -> None:
         """Take no more commands, send every armed deadman, log every board off and close its connection with 1001; then
-        listeners have heard it all and go.
-
-        Acknowledgements that arrive before a board's echo still count. Takes a second for the commands, and STOP_TIMEOUT_S for
-        the boards, at the most.
+        listeners have heard it all and go. Takes a second for the commands, and STOP_TIMEOUT_S for the boards, at the most.
         """
         self.is_stopping = True
         await self.dispatch.stop()
@@ -2733,27 +2567,21 @@ class Gateway:
 
     # -- what callers ask for ------------------------------------------------------------------------------------------
 
-    async def command(self, request: CommandRequest, in_file: Mapping[str, Device] | None = None) -> Command:
-        """Create a command, commit its row, send it to all targets at once, and return it as sent or without devices.
-
-        A store that can't write holds this up for a second at the most. `in_file` are devices that are named and only in the
-        file. Raises DEVICE_NOT_FOUND, INVALID_FIELD_VALUE, PAYLOAD_TOO_LARGE, STOPPING.
+    async def command(self, request: CommandRequest) -> Command:
+        """Create a command, commit its row, which a store may hold up for a second at the most, send it to all targets at once,
+        and return it as sent or without devices. Raises GatewayError: nothing was sent.
         """
+        device_type, targets = await self._targets(request)
         if self.is_stopping:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
-        device_type, targets = self._targets(request, in_file or {})
         return await self.dispatch.command(request, device_type, targets)
 
-    def _targets(self, request: CommandRequest, in_file: Mapping[str, Device]) -> tuple[str, list[Device]]:
+    async def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
         """The type that a command's row has, and the devices that are online of those that are meant."""
         if request.device_id is None:
-            assert request.device_type is not None
-            wanted = None if request.device_type == EVERY_TYPE else request.device_type
-            return request.device_type, self.registry.matching(wanted, is_online=True)
-        found = {device_id: self.registry.find(device_id) or in_file.get(device_id) for device_id in request.device_id}
-        if unknown := [device_id for device_id, device in found.items() if device is None]:
-            raise GatewayError(Code.DEVICE_NOT_FOUND, f"never seen: {', '.join(unknown)[:300]}")
-        devices = [device for device in found.values() if device is not None]
+            device_type = request.device_type or EVERY_TYPE
+            return device_type, self.registry.matching(None if device_type == EVERY_TYPE else device_type, is_online=True)
+        devices = await self.look_up(*request.device_id, timeout_s=Dispatch.PERSIST_TIMEOUT_S)  # who sends a stop waits
         for device in devices:
             if request.device_type not in (None, EVERY_TYPE, device.device_type):
                 problem = f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
@@ -2772,23 +2600,26 @@ class Gateway:
         types = [f"{name} ({online[name]} online)" for name in sorted({device.device_type for device in devices})]
         return f"no device of type {request.device_type} is online; types known: {', '.join(types[:50]) or 'none yet'}"
 
-    async def look_up(self, device_id: str) -> Device:
-        """The device, from the file where it isn't in memory. Raises DEVICE_NOT_FOUND, STORE_UNAVAILABLE."""
-        if (device := self.registry.find(device_id)) is not None:
-            return device
-        row = await self._store.device(device_id)
-        if (device := self.registry.find(device_id)) is not None:  # it came meanwhile
-            return device
-        if row is None:
-            raise GatewayError(Code.DEVICE_NOT_FOUND, f"device {device_id[:64]!r} was never seen")
-        return Device.restore(row)
+    async def look_up(self, *device_ids: str, timeout_s: float | None = None) -> list[Device]:
+        """The devices, each once, from the file where they aren't in memory. Raises DEVICE_NOT_FOUND, STORE_UNAVAILABLE."""
+        found: dict[str, Device] = {}
+        try:
+            async with asyncio.timeout(timeout_s):
+                for device_id in device_ids:
+                    row = None if self.registry.find(device_id) else await self._store.device(device_id)
+                    if device := self.registry.find(device_id) or (Device.restore(row) if row else None):
+                        found[device_id] = device
+        except TimeoutError:
+            raise GatewayError(Code.STORE_UNAVAILABLE, "nobody can look now whether all of these were ever seen") from None
+        if unknown := [device_id for device_id in device_ids if device_id not in found]:
+            raise GatewayError(Code.DEVICE_NOT_FOUND, f"never seen: {', '.join(unknown)[:300]}")
+        return list(found.values())
 
     async def delete_device(self, device_id: str) -> dict[str, int]:
-        """Forget a device, its snapshots and its connection history: how many of each. Its deadman stays.
-
-        One that comes back meanwhile is simply new. Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
+        """Forget a device, its snapshots and its connection history: how many of each. Its deadman stays. One that comes back
+        meanwhile is simply new. Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
         """
-        device = await self.look_up(device_id)
+        (device,) = await self.look_up(device_id)
         if device.is_online:
             raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} is online; only one that is offline can be deleted")
         self.registry.forget(device)
@@ -2800,33 +2631,31 @@ class Gateway:
             raise
         log.info("device_deleted", device_id=device_id, **deleted)
         if (back := self.registry.find(device_id)) is not None:
-            self.registry.save(back)  # its row may be gone with the others
+            self._store.put_device(device_id, back)  # its row may be gone with the others
         else:
             record = {"device_id": device_id, "deleted": True}
             self.events.tell("device", device.device_type, (device_id,), lambda: record, of=device_id)
         return deleted
 
+    # -- what boards say -----------------------------------------------------------------------------------------------
+
     async def take_turn(self) -> None:
         """Wait until the boards that say much and came before have had their turns, and the store keeps up with them."""
         async with self._turn:
             await asyncio.sleep(self.TURN_PAUSE_S)
-            await self._store.catch_up()
+        await self._store.catch_up()
 
-    # -- what boards say -----------------------------------------------------------------------------------------------
-
-    def handle(self, connection: Connection, message: AnyBoardMessage) -> None:
+    def handle(self, connection: DeviceSocket, message: AnyBoardMessage) -> None:
         """A board says something: the first message that bears a type registers it. Raises GatewayError."""
-        if message.device_type is None and isinstance(message, Registration):
-            raise GatewayError(Code.MISSING_REQUIRED_FIELD, "missing required field `device_type` in a registration")
-        device = connection.device or self._register(connection, message)
+        device = connection.device
+        if device is None or isinstance(message, Registration):
+            device = self._register(connection, message)
         now = utc_now()  # once a message: on some machines the clock takes longer than the rest
         match message:
             case Status():
                 self._take_status(device, message, now)
             case CommandAck():
                 self.dispatch.acknowledge(device, message)
-            case Registration():
-                self._take_registration(device, message)
             case Alert():
                 self._take_alert(device, now, "alert", message.alert_type, message.message)
             case ErrorReport():
@@ -2834,30 +2663,24 @@ class Gateway:
         device.last_heartbeat = now
         self.messages[type(message)] += 1
 
-    def _register(self, connection: Connection, message: AnyBoardMessage) -> Device:
+    def _register(self, connection: DeviceSocket, message: AnyBoardMessage) -> Device:
+        """A board says what it is, for the first time or again."""
         if message.device_type is None:
-            raise GatewayError(Code.UNAUTHORIZED, "device_type required: the first message must bear it")
-        device = self.registry.come_online(connection, message.device_type)
-        self.dispatch.deadmen.meet(device)
-        if not isinstance(message, Registration):  # which says more, and is told of then
-            self._tell_of_device(device)
-        return device
-
-    def _take_registration(self, device: Device, message: Registration) -> None:
-        device.device_type = message.device_type or device.device_type
-        if message.metadata is not None:
+            code = Code.MISSING_REQUIRED_FIELD if isinstance(message, Registration) else Code.UNAUTHORIZED
+            raise GatewayError(code, "device_type required: the first message, and every registration, must bear it")
+        device = connection.device or self.registry.come_online(connection, message.device_type)
+        device.device_type = message.device_type
+        if isinstance(message, Registration) and message.metadata is not None:
             device.metadata = to_json(message.metadata)
-            self.registry.count(device)
-        self.registry.save(device)
-        self._tell_of_device(device)
+        self._store.put_device(device.device_id, device)
+        self.dispatch.meet(device)
+        return device
 
     def _take_status(self, device: Device, message: Status, now: datetime) -> None:
         state = device.state = to_json(message.payload)
         device.state_timestamp = now
-        self.registry.count(device)
         row = (device.device_id, device.device_type, state, stored_time(now))
-        if not self._store.put_telemetry("device_state_snapshots", row, state):
-            log.warning("snapshots_dropped", device_id=device.device_id)
+        self._store.put_telemetry("device_state_snapshots", row, state)
         self.events.tell("state", device.device_type, (device.device_id,), device.state_record, of=device.device_id)
 
     def _take_alert(self, device: Device, now: datetime, kind: str, of_type: str, text: str, context: object = None) -> None:
@@ -2867,34 +2690,34 @@ class Gateway:
         self.events.tell("alert", device.device_type, (device.device_id,), lambda: record)
         log.warning(f"device_{kind}", device_id=device.device_id, type=of_type, message=text, context=context)
 
-    def went_away(self, connection: Connection, event: str, code: int | None, reason: str) -> None:
+    def went_away(self, connection: DeviceSocket, event: str, code: int | None, reason: str) -> None:
         """A connection has ended, or is about to; `event` is `disconnected` or `timeout`. Its device is offline by that."""
-        if (device := self.registry.go_offline(connection, event, code, reason)) is not None:
-            self._tell_of_device(device)
-
-    def _tell_of_device(self, device: Device) -> None:
-        self.events.tell("device", device.device_type, (device.device_id,), device.record, of=device.device_id)
+        if (device := connection.device) is not None and device.connection is connection:
+            self.registry.go_offline(device, connection, event, code, reason)
+            tell_of(self.events, device)
 
     # -- what is due regularly -----------------------------------------------------------------------------------------
 
     def sweep(self, interval_s: float) -> None:
-        """Every `interval_s`: ping, give up boards that are silent, save what activity is due, fire what couldn't be before.
-
-        Time in which the gateway itself stood still is nobody's silence: what is on its way is read first.
-        """
+        """Every `interval_s`: ping, give up silent boards, save activity, make room, fire what couldn't be before."""
         now_s = time.monotonic()
         late_s = max(0.0, now_s - self._swept_s - interval_s)
         self.loop_late_s.observe(late_s)
         self._swept_s = now_s
         for connection in list(self.connections):
-            connection.look_after(now_s, stood_still_s=late_s if late_s > interval_s else 0.0)
-        for device in self.registry.matching(is_online=True):
-            if now_s - device.saved_s >= self.ACTIVITY_SAVE_INTERVAL_S:
-                self.registry.save(device, urgent=False)
+            connection.look_after(now_s, stood_still=late_s > interval_s)
+        if now_s - self._saved_s >= self.ACTIVITY_SAVE_INTERVAL_S:
+            self._saved_s = now_s
+            for device in self.registry.matching(is_online=True):
+                self._store.put_device(device.device_id, device, urgent=False)
+        self.registry.make_room()
+        self.dispatch.make_room()
         self.dispatch.fire_due()
 
     def health(self) -> Row:
         """What `GET /health` answers (contract, section 6), from memory."""
+        parts = [part() for part in self.health_parts]
+        notice = "; ".join(filter(None, (part.pop("notice", None) for part in parts)))
         health: Row = {
             "status": "ok" if self._store.problem() is None else "degraded",
             "app": "AMHR-PD",
@@ -2903,23 +2726,16 @@ class Gateway:
             "uptime_seconds": round(time.monotonic() - self._started_s, 3),
             "devices_online": self.registry.online,
             "devices_total": len(self.registry),
-            "open_commands": len(self.dispatch.commands.open),
+            "open_commands": len(self.dispatch.open),
         }
-        notices = []
-        for part in self.health_parts:
-            shown = part()
-            notices.append(shown.pop("notice", None))
-            health |= shown
-        notice = "; ".join(filter(None, notices))
+        for part in parts:
+            health |= part
         return health | ({"notice": notice} if notice else {})
 
 
 # ======================================================================================================================
 # Device socket
 # ======================================================================================================================
-
-NO_STATUS_RECEIVED = 1005  # a close frame without a code (RFC 6455, section 7.1.5)
-
 
 FRAMES_READ_BYTES = 4 << 10  # at once: as tiny frames they take 130 KB
 
@@ -2944,26 +2760,22 @@ class DeviceSocket:
     CLOSE_TIMEOUT_S = 2.0  # for the board's echo, which the boards in the field send at once
     UNREAD_LIMIT_BYTES = 16 << 10  # a board that leaves this much unread doesn't read
     TURN_FRAMES = 250  # at once, some 4 ms of them, one more for every 256 bytes; the boards in the field send 83 a second
-    ENDINGS: ClassVar[Mapping[int | None, str]] = {
-        None: "the connection was lost",
-        WSCloseCode.MESSAGE_TOO_BIG: "a message was too big",
-        WSCloseCode.PROTOCOL_ERROR: "the device broke the WebSocket protocol",
-        WSCloseCode.INVALID_TEXT: "the device broke the WebSocket protocol",
-    }
 
     def __init__(self, gateway: Gateway, settings: Settings, request: web.Request) -> None:
+        if request.transport is None:
+            raise ConnectionResetError("the board went away again")
         self.device_id = request.match_info["device_id"]
         self.peer = peer_of(request)
-        self.device: Device | None = None
+        self.device: Device | None = None  # once it is registered
+        self.fired: ArmedDeadman | None = None  # the deadman that was sent on this connection
         self.opened_s = self._heard_s = self._said_s = time.monotonic()
         self._gateway = gateway
         self._settings = settings
         self._request = request
-        self._pinged_s: float | None = None  # when the ping went out whose pong hasn't come yet
+        self._transport = request.transport
+        self._pinged_s = math.inf  # when the ping went out that nothing came behind yet
         self._has_heartbeat = False  # a board that sent one promised to go on (contract, section 5)
         self._has_ended = False  # it is over, or was hung up on: what arrives marks nobody online (contract, section 1)
-        self._frames = 0  # of this turn
-        self._aborting: asyncio.TimerHandle | None = None  # where the board doesn't echo our close frame
         self._socket = web.WebSocketResponse(
             max_msg_size=settings.max_message_bytes + 1,  # the library refuses from its limit on
             autoping=False,
@@ -2976,7 +2788,7 @@ class DeviceSocket:
     async def serve(self) -> web.WebSocketResponse:
         """Do the handshake and serve the connection until it ends."""
         await self._socket.prepare(self._request)
-        read_at_once(self._request.transport, FRAMES_READ_BYTES)
+        read_at_once(self._transport, FRAMES_READ_BYTES)
         self._gateway.connections.add(self)
         try:
             if self._gateway.is_stopping:
@@ -2986,101 +2798,87 @@ class DeviceSocket:
             log.exception("connection_failed", device_id=self.device_id)
             self.hang_up(WSCloseCode.INTERNAL_ERROR, "internal error")
         finally:
-            self._end(DISCONNECTED, None, self.ENDINGS[None])
+            self._end(DISCONNECTED, None, "the connection was lost")
             self._gateway.connections.discard(self)
-            if self._aborting is not None:
-                self._aborting.cancel()
-            if self._request.transport is not None:
-                self._request.transport.close()
+            self._transport.close()
             if (error := self._socket.exception()) is not None:  # it would keep all of this until a full collection
                 error.__traceback__ = error.__context__ = None
         return self._socket
 
     def send(self, frames: bytes) -> bool:
         """Hand frames to the network, without waiting. False where the board doesn't take them."""
-        transport = self._request.transport
-        if self._has_ended or transport is None or transport.is_closing():
-            return False
-        if transport.get_write_buffer_size() > self.UNREAD_LIMIT_BYTES:
+        transport = self._transport
+        if self._has_ended or transport.is_closing() or transport.get_write_buffer_size() > self.UNREAD_LIMIT_BYTES:
             return False
         transport.write(frames)
         return True
 
     def hang_up(self, code: int, reason: str, event: str = DISCONNECTED) -> None:
-        """End it from this side: its device is offline at once, and the board has CLOSE_TIMEOUT_S to echo the close frame.
-
-        Only the first call says why.
-        """
+        """End it from this side: its device is offline at once, and the board may echo the close. The first call says why."""
         if self._has_ended:
             return
         self.send(server_frame(WSMsgType.CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
         self._end(event, code, reason)
-        if self._request.transport is not None:
-            self._aborting = asyncio.get_running_loop().call_later(self.CLOSE_TIMEOUT_S, self._request.transport.abort)
+        asyncio.get_running_loop().call_later(self.CLOSE_TIMEOUT_S, self._transport.abort)
 
     def _end(self, event: str, code: int | None, reason: str) -> None:
         if not self._has_ended:
             self._has_ended = True
             self._gateway.went_away(self, event, code, reason)
 
-    def look_after(self, now_s: float, stood_still_s: float) -> None:
-        """Ping the board, or hang up on it where it is silent for too long; the time for which we stood still doesn't count."""
-        transport = self._request.transport
-        if self._has_ended:
+    def look_after(self, now_s: float, *, stood_still: bool) -> None:
+        """Ping the board, or hang up on it where it is silent for too long; it isn't where nobody listened to it."""
+        if self._has_ended or self._transport.is_closing():
             return
-        if transport is not None and not transport.is_reading():  # it waits for its turn: our silence, not the board's
-            self._said_s = self._heard_s = now_s
-            self._pinged_s = None
-            return
-        self._said_s += stood_still_s
-        self._heard_s += stood_still_s
-        self._pinged_s = self._pinged_s and self._pinged_s + stood_still_s
+        if stood_still or not self._transport.is_reading():  # it waits for its turn
+            self._said_s, self._heard_s, self._pinged_s = now_s, now_s, math.inf
         silent_s, settings = now_s - self._said_s, self._settings
         if self.device is None and silent_s > settings.registration_timeout_s:
             log.info("never_registered", device_id=self.device_id, peer=self.peer)
             self.hang_up(CLOSE_TIMED_OUT, f"not registered within {settings.registration_timeout_s:g} s")
-        elif self._pinged_s is not None and now_s - self._pinged_s > settings.ping_interval_s / 2:
+        elif now_s - self._pinged_s > settings.ping_interval_s / 2:
             self.hang_up(CLOSE_TIMED_OUT, "no answer to pings", event=TIMEOUT)
         elif self._has_heartbeat and silent_s > settings.heartbeat_timeout_s:
             self.hang_up(CLOSE_TIMED_OUT, f"nothing came for {silent_s:.0f} s", event=TIMEOUT)
-        elif self._pinged_s is None and now_s - self._heard_s > settings.ping_interval_s:
+        elif self._pinged_s == math.inf and now_s - self._heard_s > settings.ping_interval_s:
             self._pinged_s = now_s
             self.send(server_frame(WSMsgType.PING, b""))
 
     async def _receive(self) -> None:
         """Receive until the connection ends; after a `hang_up` until the echo, since answers on their way still count."""
+        frames = 0
         while True:
             frame = await self._socket.receive()
-            self._heard_s, self._pinged_s = time.monotonic(), None
+            self._heard_s, self._pinged_s = time.monotonic(), math.inf
             match frame.type:
                 case WSMsgType.TEXT | WSMsgType.BINARY:
                     self._take(frame)
                 case WSMsgType.PING:
                     self.send(server_frame(WSMsgType.PONG, frame.data))
                 case WSMsgType.PONG:
-                    self._take_pong(bytes(frame.data))
+                    if (
+                        self.device is not None
+                    ):  # it is activity (wheels send nothing else for hours), and shows what has arrived
+                        self._gateway.dispatch.note_arrival(self.device, bytes(frame.data).decode("ascii", "replace"))
+                        if not self._has_ended:
+                            self.device.last_heartbeat = utc_now()
                 case WSMsgType.CLOSE:
                     self._take_close(frame.data)
                     return
                 case _:
-                    code = frame.data.code if isinstance(frame.data, WebSocketError) else None
-                    self._end(DISCONNECTED, code, self.ENDINGS.get(code, "closed by the device"))
+                    if isinstance(frame.data, WebSocketError):
+                        is_too_big = frame.data.code == WSCloseCode.MESSAGE_TOO_BIG
+                        reason = "a message was too big" if is_too_big else "the device broke the WebSocket protocol"
+                        self._end(DISCONNECTED, frame.data.code, reason)
                     return
-            self._frames += 1 + len(frame.data) // 256
-            if self._frames >= self.TURN_FRAMES:
-                self._frames = 0
+            frames += 1 + len(frame.data) // 256
+            if frames >= self.TURN_FRAMES:
+                frames = 0
                 if self.device is None:
                     self.hang_up(WSCloseCode.POLICY_VIOLATION, "said too much before it registered")
-                await self._wait_for_turn()
-
-    async def _wait_for_turn(self) -> None:
-        transport = self._request.transport
-        is_paused = transport is not None and transport.is_reading()  # else the library holds it up
-        if transport is not None and is_paused:
-            transport.pause_reading()  # what waits, waits at the board
-        await self._gateway.take_turn()
-        if transport is not None and is_paused:
-            transport.resume_reading()
+                self._transport.pause_reading()  # what waits, waits at the board
+                await self._gateway.take_turn()
+                self._transport.resume_reading()
 
     def _take(self, frame: aiohttp.WSMessage) -> None:
         try:
@@ -3093,33 +2891,21 @@ class DeviceSocket:
             elif isinstance(message, CommandAck) and self.device is not None:
                 self._gateway.dispatch.acknowledge(self.device, message)
         except GatewayError as error:
-            self._refuse(error)
-            if isinstance(error, ReplacedError):
-                self.hang_up(CLOSE_REPLACED, str(error))
+            text, code = str(error), error.code.name
+            self._gateway.refused[code] += 1
+            log.warning("message_refused", device_id=self.device_id, error_code=code, error=text)
+            reply = {"message_type": "error", "error_code": code, "error_message": text, "error": text}
+            self.send(server_frame(WSMsgType.TEXT, to_json(reply)))
         if self.device is not None:
             self._said_s = self._heard_s  # wrong as it may be, it is no silence
-
-    def _refuse(self, error: GatewayError) -> None:
-        text = str(error)
-        self._gateway.refused[error.code.name] += 1
-        log.warning("message_refused", device_id=self.device_id, error_code=error.code.name, error=text)
-        reply = {"message_type": "error", "error_code": error.code.name, "error_message": text, "error": text}
-        self.send(server_frame(WSMsgType.TEXT, to_json(reply)))
-
-    def _take_pong(self, payload: bytes) -> None:
-        """A pong is activity (wheels send nothing else for hours), and shows what has arrived."""
-        if self.device is not None:
-            self._gateway.dispatch.note_arrival(self.device, payload.decode("ascii", "replace"))
-            if not self._has_ended:
-                self.device.last_heartbeat = utc_now()
 
     def _take_close(self, code: int | None) -> None:
         """The board closes the connection, or echoes our own close frame: it has read all that was sent before."""
         if not self._has_ended:
             self.send(server_frame(WSMsgType.CLOSE, struct.pack("!H", code or WSCloseCode.OK)))
-            self._end(DISCONNECTED, code or NO_STATUS_RECEIVED, "closed by the device")
-        elif self.device is not None:
-            self._gateway.dispatch.deadmen.note_echo(self.device, self)
+            self._end(DISCONNECTED, code or 1005, "closed by the device")  # RFC 6455, section 7.1.5: it gave none
+        elif self.device is not None and self.fired is not None and self.fired is self.device.deadman:
+            self._gateway.dispatch.arm(self.device, None)
 
 
 # ======================================================================================================================
@@ -4315,7 +4101,8 @@ class RestApi:
 
     async def device(self, request: web.Request, query: NoQuery) -> object:
         """`GET /devices/{device_id}`."""
-        return (await self._gateway.look_up(request.match_info["device_id"])).record()
+        (device,) = await self._gateway.look_up(request.match_info["device_id"])
+        return device.record()
 
     async def delete_device(self, request: web.Request, query: NoQuery) -> object:
         """`DELETE /devices/{device_id}`."""
@@ -4325,10 +4112,10 @@ class RestApi:
     async def command(self, request: web.Request, query: None) -> object:
         """`POST /command`."""
         wanted = decode_command(query_values(request, CommandRequest), await read_body(request))
-        command = await self._gateway.command(wanted, await self._only_in_file(wanted.device_id or ()))
+        command = await self._gateway.command(wanted)
         if wanted.wait:
             await self._gateway.dispatch.wait_for_answers(command, wanted.wait)
-        answer = command.record(with_answers=bool(wanted.wait))
+        answer = command.answer(with_answers=bool(wanted.wait))
         if command.status == NO_DEVICES:
             answer["detail"] = self._gateway.explain_no_devices(wanted, command)
         return answer
@@ -4348,18 +4135,6 @@ class RestApi:
         name = re.sub(r"[^A-Za-z0-9._]+", "-", request.path).strip("-")
         headers |= {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": f'attachment; filename="{name}.csv"'}
         return web.Response(body=in_pieces(csv_history(query, read, rows)), headers=headers)
-
-    async def _only_in_file(self, device_ids: Iterable[str]) -> dict[str, Device]:
-        """Those of some devices that are known and not in memory. Raises STORE_UNAVAILABLE, soon: who sends a stop waits."""
-        found: dict[str, Device] = {}
-        try:
-            async with asyncio.timeout(Dispatch.PERSIST_TIMEOUT_S):
-                for device_id in {each for each in device_ids if self._gateway.registry.find(each) is None}:
-                    if (row := await self._store.device(device_id)) is not None:
-                        found[device_id] = Device.restore(row)
-        except TimeoutError:
-            raise GatewayError(Code.STORE_UNAVAILABLE, "nobody can look now whether all of these were ever seen") from None
-        return found
 
     async def command_log(self, request: web.Request, query: NoQuery) -> object:
         """`GET /command-logs/{command_id}`."""
