@@ -594,14 +594,9 @@ DISCONNECTED = "disconnected"
 TIMEOUT = "timeout"
 
 
-class Loaded(NamedTuple):
-    """What a file has, as `for_memory` gives it: the devices that were seen last, the latest first, each with `state` and
-    `state_timestamp`; commands that may still be answered, oldest first; the deadmen that the last run left armed.
-    """
-
-    devices: list[Row]
-    commands: list[Row]
-    deadmen: list[Row]
+Loaded = Mapping[TableName, list[Row]]
+"""What memory takes up of a file, as `for_memory` gives it: the devices that were seen last, the latest first, with `state` and
+`state_timestamp`; commands that may still be answered, oldest first; the deadmen that the last run left armed."""
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -713,20 +708,18 @@ class Backlog:
         self._size_bytes += size_bytes - before_bytes
         return True
 
-    def put_telemetry(
-        self, table: Literal["device_state_snapshots", "device_connection_logs"], row: Values, json: Json
-    ) -> bool:
-        """Append a row, whose only long value is this JSON. False where too much waits and it was dropped."""
+    def put_telemetry(self, table: TableName, row: Values, json: Json) -> None:
+        """Append a row, whose only long value is this JSON. Where too much waits, it is dropped."""
         if self._size_bytes > self.LIMIT_BYTES * 2 // 3:
             self.rows_dropped += 1
-            return False
+            log.warning("rows_dropped", problem="too many wait for the disk")
+            return
         size_bytes = self.OVERHEAD_BYTES + len(json)
         self._telemetry.append((INSERTIONS[table], row, size_bytes))
         self._size_bytes += size_bytes
         is_event = table == "device_connection_logs"
         soon_s = time.monotonic() + self.SOON_S if is_event else self._telemetry_due_s
         self.call_writer(0.0 if self.is_congested else soon_s)
-        return True
 
     def join(self, *, behind_telemetry: bool) -> asyncio.Future[None]:
         """A future that is done when all that was put before is written: with the telemetry, or without."""
@@ -832,7 +825,11 @@ def for_memory(table: TableName, row: Row) -> Row:
 
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
 
-BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # of every duration at /metrics
+Durations = functools.partial(  # of what /metrics shows
+    prometheus_client.Histogram,
+    registry=None,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
 STORE_ERRORS = (sa.exc.SQLAlchemyError, sqlite3.Error, OSError)  # which a TimeoutError is, too
 LOCK_TIMEOUT_S = 1.0  # for another program's lock; then the batch is tried again, and a stop gets through
 
@@ -1147,9 +1144,7 @@ class Database:
         self.disk_space = DiskSpace(self.file, min_free_bytes)
         self.sizes: dict[str, int] = {}  # as `GET /health` shows them
         self.rows_rejected = 0
-        self.commit_seconds = prometheus_client.Histogram(
-            "amhrpd_commit_seconds", "of a transaction", registry=None, buckets=BUCKETS_S
-        )
+        self.commit_seconds = Durations("amhrpd_commit_seconds", "of a transaction")
         self._log_limit_bytes = self.LOG_LIMIT_BYTES
         self._synchronous = "FULL" if is_each_commit_synced else "NORMAL"
         self._writing: Any = None
@@ -1174,7 +1169,7 @@ class Database:
                 end_last_run(tables, began)
                 commands = sorted(load_commands(tables), key=operator.itemgetter("created_at"))
                 deadmen = [for_memory("amhrpd_deadmen", row) for row in tables["amhrpd_deadmen"]]
-                loaded = Loaded(list(load_devices(tables)), commands, deadmen)
+                loaded: Loaded = {"devices": list(load_devices(tables)), "command_logs": commands, "amhrpd_deadmen": deadmen}
             self._reading = self._connect()
             return loaded
         except BaseException as error:
@@ -1399,9 +1394,7 @@ class Writer:
         self.sync_failure: str | None = None  # why what is written may not be on the card
         self.is_open = False
         self.is_lost = asyncio.Event()  # the file is gone or can't be used: the gateway ends
-        self.sync_seconds = prometheus_client.Histogram(
-            "amhrpd_sync_seconds", "until what was committed is on the card", registry=None, buckets=BUCKETS_S
-        )
+        self.sync_seconds = Durations("amhrpd_sync_seconds", "until what was committed is on the card")
 
     async def try_to_open(self) -> None:
         """Return once the file is open, or couldn't be opened, or the disk seems to stall."""
@@ -1698,16 +1691,9 @@ class Store:
         """Rows of a history, ready to encode: see `newest_rows`. Raises GatewayError, see `_read`."""
         return await self._read(lambda tables: (for_answer(table, row) for row in newest_rows(tables, table, limit, **wanted)))
 
-    async def command(self, command_id: str) -> Row | None:
-        """One command row, ready to encode, or None. Raises GatewayError, see `_read`."""
-        table: TableName = "command_logs"
-        rows = await self._read(lambda tables: (for_answer(table, row) for row in tables[table].find(command_id=command_id)))
-        return rows[0] if rows else None
-
-    async def device(self, device_id: str) -> Row | None:
-        """The row of a device, as in Loaded but for its state, or None. Raises GatewayError, see `_read`."""
-        table: TableName = "devices"
-        rows = await self._read(lambda tables: (for_memory(table, row) for row in tables[table].find(device_id=device_id)))
+    async def row(self, table: TableName, shape: Callable[[TableName, Row], Row], **key: str) -> Row | None:
+        """The row with a key as `for_answer` or `for_memory` shape it, or None. Raises GatewayError, see `_read`."""
+        rows = await self._read(lambda tables: [shape(table, row) for row in tables[table].find(**key)])
         return rows[0] if rows else None
 
     async def _read(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
@@ -2287,9 +2273,7 @@ class Dispatch:
         self._line: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()  # one leaves at a time; None: the end
         self._sending: asyncio.Task[None] | None = None
         self.ended: Counter[str] = Counter()  # commands by the status they ended with
-        self.answer_seconds = prometheus_client.Histogram(
-            "amhrpd_answer_seconds", "until the last answer", registry=None, buckets=BUCKETS_S
-        )
+        self.answer_seconds = Durations("amhrpd_answer_seconds", "until the last answer")
 
     # -- the line ------------------------------------------------------------------------------------------------------
 
@@ -2534,22 +2518,18 @@ class Gateway:
         self.refused: Counter[str] = Counter()  # of boards and callers, by code
         self.health_parts: list[Callable[[], Row]] = [store.figures]  # others add theirs to `GET /health`
         self.metrics = prometheus_client.CollectorRegistry()  # where others register their own figures
-        self.loop_late_s = prometheus_client.Histogram(
-            "amhrpd_loop_late_seconds", "by how much timers are late", registry=None, buckets=BUCKETS_S
-        )
+        self.loop_late_s = Durations("amhrpd_loop_late_seconds", "by how much timers are late")
         self._started_s = self._swept_s = self._saved_s = time.monotonic()
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     def take_up(self, loaded: Loaded) -> None:
         """Know what a file has. Its devices are offline, but for those that came meanwhile."""
-        for row in reversed(loaded.devices):
+        for row in reversed(loaded["devices"]):
             if self.registry.find(row["device_id"]) is None:
                 self.registry.know(Device.restore(row))
-        self.dispatch.take_up(loaded.commands, loaded.deadmen)
-        if any(loaded):
-            open_commands, deadmen = len(self.dispatch.open), len(loaded.deadmen)
-            log.info("restored", devices=len(loaded.devices), open_commands=open_commands, deadmen=deadmen)
+        self.dispatch.take_up(loaded["command_logs"], loaded["amhrpd_deadmen"])
+        log.info("restored", **{table: len(rows) for table, rows in loaded.items()})
 
     async def stop(self) -> None:
         """Take no more commands, send every armed deadman, log every board off and close its connection with 1001; then
@@ -2606,7 +2586,11 @@ class Gateway:
         try:
             async with asyncio.timeout(timeout_s):
                 for device_id in device_ids:
-                    row = None if self.registry.find(device_id) else await self._store.device(device_id)
+                    row = (
+                        None
+                        if self.registry.find(device_id)
+                        else await self._store.row("devices", for_memory, device_id=device_id)
+                    )
                     if device := self.registry.find(device_id) or (Device.restore(row) if row else None):
                         found[device_id] = device
         except TimeoutError:
@@ -3734,9 +3718,11 @@ class HttpConnection(web.RequestHandler):
     """A caller's or a board's connection. How many there may be is bounded, and what each holds and for how long."""
 
     MAX_OTHERS = 1000  # that are no registered board: with bodies half there, 130 MB
+    KEEPALIVE_TIMEOUT_S = 15.0  # also bounds who never sends a request; callers reconnect when they poll slower
+    LINGERING_TIMEOUT_S = 2.0  # for the rest of a body that was refused, so that the caller gets to read why
 
-    def __init__(self, server: web.Server, gateway: Gateway, limit: int, **options: Any) -> None:
-        """`limit` is how many there may be in all; `options` are the library's own."""
+    def __init__(self, server: web.Server, gateway: Gateway, limit: int) -> None:
+        """`limit` is how many there may be in all."""
         super().__init__(
             server,
             max_line_size=16 << 10,  # contract, section 6
@@ -3744,7 +3730,10 @@ class HttpConnection(web.RequestHandler):
             max_headers=32,
             read_bufsize=READ_BYTES,
             auto_decompress=False,
-            **options,
+            access_log=None,  # type: ignore[arg-type] # the lines would cost more than the requests
+            keepalive_timeout=self.KEEPALIVE_TIMEOUT_S,
+            lingering_time=self.LINGERING_TIMEOUT_S,
+            loop=asyncio.get_running_loop(),
         )
         self._gateway = gateway
         self._limit = limit
@@ -4139,7 +4128,7 @@ class RestApi:
     async def command_log(self, request: web.Request, query: NoQuery) -> object:
         """`GET /command-logs/{command_id}`."""
         command_id = request.match_info["command_id"]
-        row = await self._store.command(command_id)
+        row = await self._store.row("command_logs", for_answer, command_id=command_id)
         if row is None:
             raise GatewayError(Code.COMMAND_NOT_FOUND, f"command {command_id[:64]!r} was never given")
         return row
@@ -4763,11 +4752,6 @@ ACCEPTED_AT_ONCE = 8  # in a turn of the loop: their handshakes take it some 5 m
 BACKLOG = 1024  # connections that wait to be let in, a fleet after a power cut; the kernel caps it at net.core.somaxconn
 LISTEN_TIMEOUT_S = 10.0  # for the look-up of a name
 TLS_HANDSHAKE_TIMEOUT_S = 5.0  # an ESP32 takes one to three
-CONNECTION_OPTIONS: dict[str, Any] = {
-    "access_log": None,  # the lines would cost more than the requests
-    "keepalive_timeout": 15.0,  # also bounds who never sends a request; callers reconnect when they poll slower
-    "lingering_time": 2.0,  # for the rest of a body that was refused, so that the caller gets to read why
-}
 HANDLERS_TIMEOUT_S = 3.0  # at a stop, for answers that are under way
 STORE_CLOSE_TIMEOUT_S = 10.0  # at a stop, for what is queued; amhrpd.service's TimeoutStopSec is above the sum of all
 UPKEEP_INTERVAL_S = 1.0
@@ -5034,8 +5018,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
             await runner.setup()
             way_out.push_async_callback(runner.cleanup)  # answers that are under way end
             assert runner.server is not None
-            options = CONNECTION_OPTIONS | {"loop": asyncio.get_running_loop()}
-            connection = functools.partial(HttpConnection, runner.server, gateway, limit, **options)
+            connection = functools.partial(HttpConnection, runner.server, gateway, limit)
             listener = await listen(settings, connection, tls_options)
             if settings.mqtt_url:
                 broker = Broker(settings, gateway)

@@ -5882,9 +5882,9 @@ async def test_flood_and_a_fight_for_an_id_leave_the_others_alone(database: Path
 
 @in_a_loop
 async def test_connections_that_never_finish_a_request_are_dropped(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(amhrpd.CONNECTION_OPTIONS, "keepalive_timeout", 0.1)
+    monkeypatch.setattr(amhrpd.HttpConnection, "KEEPALIVE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(amhrpd, "BODY_TIMEOUT_S", 0.1)
-    monkeypatch.setitem(amhrpd.CONNECTION_OPTIONS, "lingering_time", 0.1)
+    monkeypatch.setattr(amhrpd.HttpConnection, "LINGERING_TIMEOUT_S", 0.1)
     async with gateway_on(database) as client:
         for start in (
             b"",
@@ -6030,10 +6030,10 @@ async def test_devices_that_are_only_in_the_file_are_known(database: Path, monke
 async def test_late_look_up_takes_nobody_off_line(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amhrpd, "UPKEEP_INTERVAL_S", 0.05)
     monkeypatch.setattr(amhrpd.Registry, "MAX_DEVICES", 1)
-    look_up, is_asked, is_late = amhrpd.Store.device, asyncio.Event(), asyncio.Event()
+    look_up, is_asked, is_late = amhrpd.Store.row, asyncio.Event(), asyncio.Event()
 
-    async def look_up_late(self: amhrpd.Store, device_id: str) -> Any:
-        found = await look_up(self, device_id)
+    async def look_up_late(self: amhrpd.Store, *args: Any, **key: Any) -> Any:
+        found = await look_up(self, *args, **key)
         is_asked.set()
         await is_late.wait()
         return found
@@ -6045,7 +6045,7 @@ async def test_late_look_up_takes_nobody_off_line(database: Path, monkeypatch: p
             await eventually(lambda device_id=device_id: not_online(client, device_id))  # type: ignore[misc]
         await eventually(lambda: knows(client, "b"))
         with monkeypatch.context() as patch:
-            patch.setattr(amhrpd.Store, "device", look_up_late)
+            patch.setattr(amhrpd.Store, "row", look_up_late)
             asked = asyncio.create_task(client.get("/devices/a"))
             await is_asked.wait()
         async with client.board("a", metadata={"name": "new"}):
@@ -6518,7 +6518,7 @@ async def test_bodies_that_are_too_large_compressed_or_strange(database: Path) -
 async def test_what_is_no_http_gets_the_same_shape_and_no_traceback(
     database: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(amhrpd.CONNECTION_OPTIONS, "lingering_time", 0.1)
+    monkeypatch.setattr(amhrpd.HttpConnection, "LINGERING_TIMEOUT_S", 0.1)
     head = b"POST /command?device_type=none&command_name=x HTTP/1.1\r\nHost: x\r\n"
     requests = {
         b"This is a webSocket client!\r\n\r\n": b"400",
@@ -6780,8 +6780,9 @@ async def test_simulation_with_something_missing_ends_with_1(
         assert "missing: sim_0002, which never came up" in shown
     put = amhrpd.Backlog.put_telemetry
 
-    def lose_one(self: amhrpd.Backlog, table: Any, row: amhrpd.Values, json: bytes) -> bool:
-        return b'"seq":3}' in json or put(self, table, row, json)
+    def lose_one(self: amhrpd.Backlog, table: Any, row: amhrpd.Values, json: bytes) -> None:
+        if b'"seq":3}' not in json:
+            put(self, table, row, json)
 
     monkeypatch.setattr(amhrpd.Backlog, "put_telemetry", lose_one)
     monkeypatch.setattr(amhrpd.Dispatch, "acknowledge", lambda *_: None)
