@@ -64,7 +64,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 import aiohttp
 import dataset
@@ -534,6 +534,8 @@ Row = dict[str, Any]
 """A table's row by column, as it is read."""
 Values = tuple[Any, ...]
 """A table's row in the order of COLUMNS, without `id`, as it is written: times and JSON as `stored_time` and Json make them."""
+RowNow = Callable[[], Values]
+"""What makes a row as it is when its turn to be written comes."""
 TableName = Literal["devices", "device_state_snapshots", "command_logs", "device_connection_logs", "amhrpd_deadmen"]
 
 # The tables of the databases in the field, and one of the gateway's own (contract, section 7). SQLite keeps DATETIME and JSON
@@ -619,17 +621,6 @@ INSERTIONS = {table: insertion(table) for table in TABLES}
 DISARM = "DELETE FROM amhrpd_deadmen WHERE device_id = ?"
 
 
-class Storable(Protocol):
-    """A device or a command: it waits as an object, and becomes a row when its turn comes."""
-
-    @property
-    def size_bytes(self) -> int:
-        """What it takes in memory, about."""
-
-    def row(self) -> Values:
-        """The row as it is now."""
-
-
 class Batch(NamedTuple):
     """What one transaction writes, and who waits for it."""
 
@@ -653,7 +644,7 @@ class Backlog:
     def __init__(self, commit_interval_s: float) -> None:
         """Telemetry that nobody asks for is written once in `commit_interval_s`."""
         self._commit_interval_s = commit_interval_s
-        self._latest: dict[tuple[TableName, str], tuple[str, Callable[[], Values], int]] = {}  # statement, row, bytes
+        self._latest: dict[tuple[TableName, str], tuple[str, RowNow, int]] = {}  # statement, row, bytes
         self._telemetry: deque[tuple[str, Values, int]] = deque()
         self._telemetry_taken = 0
         self._waiting: dict[int, asyncio.Future[None]] = {}  # by how much telemetry is taken before it
@@ -682,30 +673,17 @@ class Backlog:
                 self._alarm.cancel()
             self._due_s, self._alarm = due_s, asyncio.get_running_loop().call_at(due_s, self.is_due.set)
 
-    def put_device(self, device_id: str, device: Storable, *, urgent: bool = True) -> None:
-        """Write a device's row; `urgent=False` lets it wait for the commit interval, as telemetry does."""
-        self._put("devices", device_id, INSERTIONS["devices"], device.row, device.size_bytes)
-        self.call_writer(time.monotonic() + self.SOON_S if urgent else self._telemetry_due_s)
-
-    def put_command(self, command_id: str, command: Storable, *, soon: bool = True) -> bool:
-        """Write a command's row, `soon` or at once. False where too much waits and it was dropped."""
-        self.call_writer(time.monotonic() + self.SOON_S if soon else 0.0)
-        return self._put("command_logs", command_id, INSERTIONS["command_logs"], command.row, command.size_bytes)
-
-    def put_deadman(self, device_id: str, row: Values | None) -> None:
-        """Write the row of a device's deadman or, with None, take it away: with what is written next."""
-        statement = DISARM if row is None else INSERTIONS["amhrpd_deadmen"]
-        self._put("amhrpd_deadmen", device_id, statement, lambda: row or (device_id,), self.OVERHEAD_BYTES)
-        self.call_writer(self._telemetry_due_s)
-
-    def _put(self, table: TableName, key: str, statement: str, row: Callable[[], Values], size_bytes: int) -> bool:
-        """Write a row in place of the one of its key that waits. Where too much waits a new one is dropped, but no deadman."""
+    def put(self, table: TableName, key: str, row: RowNow | None, size_bytes: int = 300, *, urgent: bool = True) -> bool:
+        """Write a row in place of the one of its key that waits; None takes a deadman's away. What isn't `urgent` waits for the
+        commit interval. False where too much waits: a new row is dropped, but for a deadman's.
+        """
         *_, before_bytes = self._latest.get((table, key), (0,))
         if before_bytes == 0 and self._size_bytes > self.LIMIT_BYTES and table != "amhrpd_deadmen":
             self.rows_dropped += 1
             return False
-        self._latest[table, key] = statement, row, size_bytes
+        self._latest[table, key] = (INSERTIONS[table], row, size_bytes) if row else (DISARM, lambda: (key,), size_bytes)
         self._size_bytes += size_bytes - before_bytes
+        self.call_writer(time.monotonic() + self.SOON_S if urgent else self._telemetry_due_s)
         return True
 
     def put_telemetry(self, table: TableName, row: Values, json: Json) -> None:
@@ -1517,8 +1495,7 @@ class Store:
         self._tidied_s = -math.inf
         self.is_lost = self._writer.is_lost  # set where the file is gone or damaged: the gateway has to end
         self.histograms = (self._database.commit_seconds, self._writer.sync_seconds)
-        self.put_device, self.put_command = self._backlog.put_device, self._backlog.put_command
-        self.put_telemetry, self.put_deadman = self._backlog.put_telemetry, self._backlog.put_deadman
+        self.put, self.put_telemetry = self._backlog.put, self._backlog.put_telemetry
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
@@ -1663,11 +1640,11 @@ class Store:
 
     # -- waiting for what was put --------------------------------------------------------------------------------------
 
-    def write_command(self, command_id: str, command: Storable) -> asyncio.Future[None] | None:
-        """Write a command's row, and all that was put but telemetry. The future is done when that is committed; there is none
+    def write_command(self, command_id: str, row: RowNow, size_bytes: int) -> asyncio.Future[None] | None:
+        """Write a command's row at once, and all that was put but telemetry: a future that is done when that is committed. None
         where nothing can be written now.
         """
-        is_put = self._backlog.put_command(command_id, command)
+        is_put = self._backlog.put("command_logs", command_id, row, size_bytes)
         return self._backlog.join(behind_telemetry=False) if is_put and not self._writer.problem() else None
 
     async def catch_up(self) -> None:
@@ -1693,7 +1670,9 @@ class Store:
 
     async def row(self, table: TableName, shape: Callable[[TableName, Row], Row], **key: str) -> Row | None:
         """The row with a key as `for_answer` or `for_memory` shape it, or None. Raises GatewayError, see `_read`."""
-        rows = await self._read(lambda tables: [shape(table, row) for row in tables[table].find(**key)])
+        (column,) = key
+        question = f"SELECT * FROM {table} WHERE {column} = :{column}"
+        rows = await self._read(lambda tables: [shape(table, row) for row in tables.query(question, **key)])
         return rows[0] if rows else None
 
     async def _read(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
@@ -1903,7 +1882,7 @@ class Registry:
         device.connection = None
         device.disconnected_at = utc_now()
         self._offline[device.device_id] = device
-        self._store.put_device(device.device_id, device)
+        self._store.put("devices", device.device_id, device.row, device.size_bytes)
         self._write_event(device, event, connection, device.disconnected_at, code, reason)
 
     def _write_event(
@@ -2309,7 +2288,7 @@ class Dispatch:
             self._command_of(command.deadman, targets).check_size()  # one that boards can't take is refused whole
         for device in targets if command.deadman is not None else ():
             self._file(device.device_id, command.deadman)  # before the command leaves, so that no crash comes between
-        written = self._store.write_command(command.command_id, command)
+        written = self._store.write_command(command.command_id, command.row, command.size_bytes)
         self._line.put_nowait(functools.partial(self._leave, command, targets, written))
         await command.has_left.wait()
         return command
@@ -2366,10 +2345,10 @@ class Dispatch:
     def _file(self, device_id: str, deadman: ArmedDeadman | None) -> None:
         """Have the file know a device's deadman."""
         if deadman is None and self._filed.pop(device_id, None) is not None:
-            self._store.put_deadman(device_id, None)
+            self._store.put("amhrpd_deadmen", device_id, None)
         elif deadman is not None and self._filed.get(device_id) is not deadman:
             self._filed[device_id] = deadman
-            self._store.put_deadman(device_id, (device_id, deadman.command_name, deadman.payload))
+            self._store.put("amhrpd_deadmen", device_id, lambda: (device_id, deadman.command_name, deadman.payload))
 
     def arm(self, device: Device, deadman: ArmedDeadman | None) -> None:
         """Have a device's deadman in place of the one that it has; None disarms it."""
@@ -2438,7 +2417,9 @@ class Dispatch:
             async with asyncio.timeout(timeout_s):
                 await command.released.wait()
         # What the caller is told of has to outlast a crash.
-        await command.persist(self._store.write_command(command.command_id, command), self.PERSIST_TIMEOUT_S)
+        await command.persist(
+            self._store.write_command(command.command_id, command.row, command.size_bytes), self.PERSIST_TIMEOUT_S
+        )
 
     def acknowledge(self, device: Device, message: CommandAck) -> None:
         """A board answers a command. Raises COMMAND_NOT_FOUND."""
@@ -2485,7 +2466,7 @@ class Dispatch:
 
     def _save(self, command: Command) -> None:
         """Have the file know a command as it is now, and tell of it."""
-        self._store.put_command(command.command_id, command, soon=command.completed_at is None)  # its caller may wait for it
+        self._store.put("command_logs", command.command_id, command.row, command.size_bytes)
         device_ids = command.recipients or command.named or command.answers
         self._events.tell("command", command.device_type, device_ids, command.record, of=command.command_id)
 
@@ -2615,7 +2596,7 @@ class Gateway:
             raise
         log.info("device_deleted", device_id=device_id, **deleted)
         if (back := self.registry.find(device_id)) is not None:
-            self._store.put_device(device_id, back)  # its row may be gone with the others
+            self._store.put("devices", device_id, back.row, back.size_bytes)  # its row may be gone with the others
         else:
             record = {"device_id": device_id, "deleted": True}
             self.events.tell("device", device.device_type, (device_id,), lambda: record, of=device_id)
@@ -2656,7 +2637,7 @@ class Gateway:
         device.device_type = message.device_type
         if isinstance(message, Registration) and message.metadata is not None:
             device.metadata = to_json(message.metadata)
-        self._store.put_device(device.device_id, device)
+        self._store.put("devices", device.device_id, device.row, device.size_bytes)
         self.dispatch.meet(device)
         return device
 
@@ -2693,7 +2674,7 @@ class Gateway:
         if now_s - self._saved_s >= self.ACTIVITY_SAVE_INTERVAL_S:
             self._saved_s = now_s
             for device in self.registry.matching(is_online=True):
-                self._store.put_device(device.device_id, device, urgent=False)
+                self._store.put("devices", device.device_id, device.row, device.size_bytes, urgent=False)
         self.registry.make_room()
         self.dispatch.make_room()
         self.dispatch.fire_due()
