@@ -67,6 +67,7 @@ import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, get_args
@@ -2164,6 +2165,9 @@ class Registry:
 # ======================================================================================================================
 
 
+TRANSACTION: ContextVar[object] = ContextVar("transaction", default=None)  # what its caller calls a command, at the broker
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Command:
     """One command and what became of it. `recipients` is None after a restart: then any device of the type may answer.
@@ -2191,6 +2195,7 @@ class Command:
     succeeded: set[str] = dataclasses.field(default_factory=set)
     failed: set[str] = dataclasses.field(default_factory=set)
     is_persisted: bool = True
+    transaction: object = dataclasses.field(default_factory=TRANSACTION.get)
     came_s: float = dataclasses.field(default_factory=time.monotonic)
     sent_s: float = -math.inf  # monotonic, too
     has_left: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # it was sent, or found no device
@@ -2483,11 +2488,9 @@ class Events:
         known = {f"{self._run}-{number}": number for number in range(self._last - len(self._ring), self._last + 1)}
         listener.seen = known.get(last_event_id or "", self._last)
         reset = "" if last_event_id is None or last_event_id in known else "event: reset\ndata: {}\n"
-        retry_ms = random.randint(500, 2500)  # so that not all come back at once, which they can before any event
-        yield [Event(f"retry: {retry_ms}\nid: {self._run}-{listener.seen}\n{reset}\n".encode())]
+        yield [Event(f"id: {self._run}-{listener.seen}\n{reset}\n".encode())]  # to come back with before any event
         interval_s, told_s = self.ALIVE_S if alive else self.SILENCE_S, time.monotonic()
-        while listener.seen >= self._last - len(self._ring):
-            first = len(self._ring) - (self._last - listener.seen)
+        while (first := listener.seen - (self._last - len(self._ring))) >= 0:
             turn = list(itertools.islice(self._ring, first, first + self.TURN_EVENTS))
             listener.seen += len(turn)
             wanted = list(filter(listener.wants, turn))
@@ -4696,7 +4699,6 @@ BOARD_ENTITIES: Mapping[str, Row] = {
 }
 MAX_READINGS = 40
 MAX_TEXT = 64  # a longer one is no reading
-MAX_INCOMING_BYTES = 128 << 10  # contract, section 9
 MAX_TRANSACTION = 64  # characters
 
 
@@ -4769,18 +4771,8 @@ def discovery(gateway_id: str, device: Device | None, readings: Iterable[tuple[s
     return to_json(config)
 
 
-class Outgoing(NamedTuple):
-    """A message for the broker. A result bears the transaction that its command came with."""
-
-    topic: str
-    payload: bytes
-    qos: int = 1
-    is_retained: bool = True
-    command_id: str = ""
-
-
-Sources = dict[str, tuple[object, Callable[[], bytes]]]
-"""What a message is made from, and how, by its topic's end: from the same comes the same."""
+Outgoing = tuple[str, bytes, int, bool]
+"""A message as `publish` takes it: its topic and payload, QoS, and whether the broker is to keep it."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -4794,28 +4786,27 @@ class Told:
 
 
 class Outbox:
-    """What goes out: a queue of alerts and results, and what the broker keeps of the boards that it may not know the latest of.
-
-    The latter is made from memory when its turn comes, so the latest wins. Where nobody takes the queue, its oldest give way.
+    """What goes out: alerts and results, the oldest of which give way, and what the broker keeps of boards: that is made from
+    memory when its turn comes, and compared with what was told, so the latest wins and nothing is told twice.
     """
 
     MAX_QUEUED, MAX_QUEUED_BYTES = 1000, 4 << 20
-    MAX_BOARDS, MAX_TRANSACTIONS = 20_000, 1000
+    MAX_BOARDS = 20_000
     TURN, TURN_S = 22, 0.05  # messages at once, three more with the last board's, and the pause behind them: 500 a second
     BOARD_PAUSE_S = 1.0  # contract, section 9
     READINGS_PAUSE_S = 2.0  # boards tell of themselves bit by bit
 
-    def __init__(self, settings: Settings, registry: Registry, metrics: prometheus_client.CollectorRegistry) -> None:
+    def __init__(self, settings: Settings, gateway: Gateway) -> None:
         self._gateway_id, self._prefix = settings.gateway_id, settings.mqtt_discovery
         self.base = f"amhrpd/{settings.gateway_id}"
-        self._registry = registry
+        self._gateway, self._registry = gateway, gateway.registry
         self._due: dict[str, None] = {}  # device_ids, in turn; "" is the gateway's own
         self._told: defaultdict[str, Told] = defaultdict(Told)  # by device_id
         self._queue: deque[Outgoing] = deque()
         self._leaving: list[Outgoing] = []  # of the queue: sent, and perhaps not taken
-        self._transactions: dict[str, object] = {}  # by command_id
-        self._is_ending = False
-        self._dropped = prometheus_client.Counter("amhrpd_mqtt_dropped", "Alerts and results that gave way.", registry=metrics)
+        self.is_ending = False  # then all that is left goes at once
+        what = "Alerts and results that gave way."
+        self._dropped = prometheus_client.Counter("amhrpd_mqtt_dropped", what, registry=gateway.metrics)
 
     # -- what is to go -------------------------------------------------------------------------------------------------
 
@@ -4831,23 +4822,19 @@ class Outbox:
             self._due.pop(device_id, None)
             self.put(device_id)
 
-    def queue(self, topic: str, payload: bytes, command_id: str = "") -> None:
+    def queue(self, topic: str, payload: bytes) -> None:
         """Send what the broker doesn't keep: an alert or a result."""
-        self._queue.append(Outgoing(f"{self.base}/{topic}", payload, is_retained=False, command_id=command_id))
-        while len(self._queue) > self.MAX_QUEUED or sum(len(m.payload) for m in self._queue) > self.MAX_QUEUED_BYTES:
+        self._queue.append((f"{self.base}/{topic}", payload, 1, False))
+        while len(self._queue) > self.MAX_QUEUED or sum(len(waiting) for _, waiting, *_ in self._queue) > self.MAX_QUEUED_BYTES:
             self._queue.popleft()
             self._dropped.inc()
-
-    def note_transaction(self, command_id: str, transaction: object) -> None:
-        """The results of a command bear what it came with."""
-        self._transactions[command_id] = transaction
-        if len(self._transactions) > self.MAX_TRANSACTIONS:
-            del self._transactions[next(iter(self._transactions))]
 
     def note(self, event: Event) -> None:
         """Something happened."""
         if event.name == "command":
-            self.queue("result", event.data, json_decoder.decode(event.data)["command_id"])
+            command = self._gateway.dispatch.commands.find(json_decoder.decode(event.data)["command_id"])
+            transaction = to_json(command.transaction if command else None)
+            self.queue("result", event.data[:-1] + b',"transaction":' + transaction + b"}")
         elif event.name == "alert":
             self.queue(f"device/{next(iter(event.device_ids))}/alert", event.data)
         else:
@@ -4857,33 +4844,23 @@ class Outbox:
 
     # -- what goes -----------------------------------------------------------------------------------------------------
 
-    def end(self) -> None:
-        """All that is left goes now, whenever it is due, and nothing comes after it."""
-        self._is_ending = True
-
     async def send(self, client: aiomqtt.Client) -> None:
-        """Send what there is to send, until nothing is left after `end`. Raises what aiomqtt raises."""
-        while self._leaving or self._queue or self._due or not self._is_ending:
+        """Send what there is to send, until the end, when nothing is left. Raises what aiomqtt raises."""
+        while self._leaving or self._queue or self._due or not self.is_ending:
             self._leaving += [self._queue.popleft() for _ in range(min(self.TURN - len(self._leaving), len(self._queue)))]
-            await asyncio.sleep(0)  # who gave a command then knows its id, and the transaction is noted
-            messages = [self._with_transaction(message) for message in self._leaving]
+            kept: list[Outgoing] = []
             for device_id in list(self._due):
-                if len(messages) - len(self._leaving) < self.TURN:
-                    messages += self._kept(device_id)
-            await asyncio.gather(*(client.publish(m.topic, m.payload, m.qos, m.is_retained) for m in messages))
+                kept += self._kept(device_id) if len(kept) < self.TURN else ()
+            await asyncio.gather(*(client.publish(*message) for message in (*self._leaving, *kept)))
             self._leaving.clear()
-            await asyncio.sleep(0 if self._is_ending else self.TURN_S)
-
-    def _with_transaction(self, message: Outgoing) -> Outgoing:
-        if not message.command_id:
-            return message
-        transaction = to_json(self._transactions.get(message.command_id))
-        return message._replace(payload=message.payload[:-1] + b',"transaction":' + transaction + b"}")
+            await asyncio.sleep(0 if self.is_ending else self.TURN_S)
 
     def _kept(self, device_id: str) -> list[Outgoing]:
         """What the broker is to keep of a board, or of the gateway, and doesn't yet: nothing of a board that is gone."""
+        if len(self._told) > self.MAX_BOARDS:
+            self._told.clear()  # then all is told twice
         device, told, now_s = self._registry.find(device_id), self._told[device_id], time.monotonic()
-        if now_s < told.told_s + self.BOARD_PAUSE_S and not self._is_ending:
+        if now_s < told.told_s + self.BOARD_PAUSE_S and not self.is_ending:
             return []  # it stays due
         del self._due[device_id]
         if device is not None:
@@ -4897,15 +4874,16 @@ class Outbox:
             now = {"config": (VERSION, config), "info": (info, lambda: info), "status": (True, lambda: b"online")}
         if not self._prefix:
             del now["config"]
-        elif now_s < told.grew_s + self.READINGS_PAUSE_S and not self._is_ending:
+        elif now_s < told.grew_s + self.READINGS_PAUSE_S and not self.is_ending:
             del now["config"]
             self.put(device_id)
         news = {kind: payload() for kind, (source, payload) in now.items() if told.of.get(kind) != source}
         told.of |= {kind: source for kind, (source, _) in now.items()}
         told.told_s = now_s if news else told.told_s
-        return [Outgoing(self._topic(kind, device_id), news[kind], int(kind != "state")) for kind in news]
+        return [(self._topic(kind, device_id), payload, int(kind != "state"), True) for kind, payload in news.items()]
 
-    def _of_board(self, device: Device, told: Told) -> Sources:
+    def _of_board(self, device: Device, told: Told) -> dict[str, tuple[object, Callable[[], bytes]]]:
+        """What the messages about a board are made from, and how, by their topics' ends: from the same comes the same."""
         for name, value in object_of(device.state).items():
             kind = kind_of(name, value)  # a number may be a text when its sensor fails
             if kind is not None and (kind, name) not in told.readings and len(told.readings) < MAX_READINGS:
@@ -4928,8 +4906,8 @@ class Outbox:
 
 def command_fields(topic: str, payload: bytes) -> dict[str, Any]:
     """The fields of a command that came to a topic; to a board's it may be just a name. Raises GatewayError."""
-    if len(payload) > MAX_INCOMING_BYTES:
-        text = f"the message has {len(payload)} bytes; the gateway takes {MAX_INCOMING_BYTES} at the most"
+    if len(payload) > MAX_BODY_BYTES:
+        text = f"the message has {len(payload)} bytes; the gateway takes {MAX_BODY_BYTES} at the most"
         raise GatewayError(Code.PAYLOAD_TOO_LARGE, text)
     payload, (*_, device_id, _) = without_padding(payload), topic.split("/")
     is_for_board = "/device/" in topic
@@ -4971,8 +4949,7 @@ class Broker:
     def __init__(self, settings: Settings, gateway: Gateway) -> None:
         self._settings = settings
         self._gateway = gateway
-        self._outbox = Outbox(settings, gateway.registry, gateway.metrics)
-        self._base = self._outbox.base
+        self._outbox = Outbox(settings, gateway)
         self._problem: str | None = "not connected yet"  # None where it is connected
         self._away_since = utc_now()
         self._connected_s = 0.0
@@ -5006,7 +4983,7 @@ class Broker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
                 await asyncio.gather(*self._commands)
-                self._outbox.end()
+                self._outbox.is_ending = True
                 if self._problem is None:
                     await self._running
         self._running.cancel()
@@ -5048,7 +5025,7 @@ class Broker:
             password=None if url.password is None else urllib.parse.unquote(url.password),
             identifier=f"amhrpd-{self._settings.gateway_id}",
             clean_session=True,
-            will=aiomqtt.Will(f"{self._base}/status", b"offline", qos=1, retain=True),
+            will=aiomqtt.Will(f"{self._outbox.base}/status", b"offline", qos=1, retain=True),
             keepalive=self.KEEPALIVE_S,
             timeout=self.TIMEOUT_S,
             max_queued_incoming_messages=self.MAX_WAITING,
@@ -5057,11 +5034,8 @@ class Broker:
         )
 
     async def _converse(self, client: aiomqtt.Client) -> None:
-        """Connect, tell what there is to tell and take commands, until the connection ends or the gateway stops.
-
-        Raises what aiomqtt raises, alone or in a group.
-        """
-        topics = [f"{self._base}/{topic}" for topic in ("command", "device/+/command", "status", "device/+/info")]
+        """One connection, to its end or the gateway's. Raises what aiomqtt raises, alone or in a group."""
+        topics = [f"{self._outbox.base}/{topic}" for topic in ("command", "device/+/command", "status", "device/+/info")]
         if prefix := self._settings.mqtt_discovery:
             topics.append(f"{prefix}/status")
         try:
@@ -5078,7 +5052,7 @@ class Broker:
         finally:  # also where connecting failed: aiomqtt would leave its socket and a task behind
             client.timeout = self.HANG_UP_TIMEOUT_S
             with contextlib.suppress(Exception):  # what broke it is known
-                await client.publish(f"{self._base}/status", b"offline", qos=1, retain=True)
+                await client.publish(f"{self._outbox.base}/status", b"offline", qos=1, retain=True)
             with contextlib.suppress(Exception):
                 await client.__aexit__(None, None, None)
 
@@ -5101,7 +5075,7 @@ class Broker:
                     task = asyncio.create_task(self._obey(topic, payload, is_retained=is_retained))
                     self._commands.add(task)
                     task.add_done_callback(self._commands.discard)
-            elif topic == f"{self._base}/status":
+            elif topic == f"{self._outbox.base}/status":
                 if payload != b"online":  # a will that came late
                     self._outbox.put_all()
             elif topic == f"{self._settings.mqtt_discovery}/status":
@@ -5122,13 +5096,13 @@ class Broker:
                 text = f"transaction must be a JSON scalar of {MAX_TRANSACTION} characters at the most"
                 raise GatewayError(Code.INVALID_FIELD_VALUE, text)
             transaction = value
+            TRANSACTION.set(transaction)
             if is_retained:
                 text = f"a retained command is never obeyed: publish it to {topic} without the retain flag"
                 raise GatewayError(Code.INVALID_MESSAGE, text)
             if time.monotonic() < self._stale_until_s:
                 raise GatewayError(Code.REQUEST_TIMEOUT, f"it waited over {self.MAX_AGE_S:g} s: the gateway stood still")
-            command = await self._gateway.command(decode_command({}, to_json(fields)))
-            self._outbox.note_transaction(command.command_id, transaction)
+            await self._gateway.command(decode_command({}, to_json(fields)))
         except GatewayError as error:
             log.warning("mqtt_command_refused", problem=str(error), topic=topic, error_code=error.code.name)
             answer = {"error": str(error), "error_code": error.code.name, "transaction": transaction}

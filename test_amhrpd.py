@@ -3231,7 +3231,7 @@ async def test_listener_that_reads_nothing_is_cut_off_and_costs_nobody_anything(
     async with gateway_on(database) as client, client.board("servo_1") as board, listening(client) as stream:
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
         writer.write(b"GET /events HTTP/1.1\r\nHost: pi\r\n\r\n")
-        await reader.readuntil(b"retry")
+        await reader.readuntil(b"id:")
 
         for batch in range(60):
             for number in range(batch * 100, batch * 100 + 100):
