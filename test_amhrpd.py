@@ -3277,6 +3277,21 @@ async def test_silence_is_broken_by_a_comment(database: Path, monkeypatch: pytes
 
 
 @in_a_loop
+async def test_who_left_makes_room_though_nothing_happens(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Events, "SILENCE_S", 0.1)
+    monkeypatch.setattr(amhrpd.Events, "MAX_LISTENERS", 1)
+    async with gateway_on(database) as client:
+        async with listening(client, "?event=alert"):
+            await client.get("/events", 429)
+
+        async def has_room() -> bool:
+            async with client.session.get(f"http://127.0.0.1:{client.port}/events") as response:
+                return response.status == 200
+
+        await eventually(has_room)
+
+
+@in_a_loop
 async def test_scripts_see_that_the_gateway_is_alive(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also beside other events."""
     monkeypatch.setattr(amhrpd.Events, "ALIVE_S", 0.2)
