@@ -2376,6 +2376,7 @@ class Event:
     device_type: str = ""
     device_ids: Collection[str] = ()
     data: Json = b"{}"
+    of: str = ""  # the device or command whose state it tells
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2429,7 +2430,7 @@ class Events:
         """
         if not self._listeners and not self.observers:
             return
-        publish, key = functools.partial(self._publish, name, device_type, device_ids, record), f"{name} {of}"
+        publish, key = functools.partial(self._publish, name, device_type, device_ids, record, of), f"{name} {of}"
         if key in self._latest:
             self._latest[key] = publish
             return
@@ -2445,11 +2446,11 @@ class Events:
         for publish in waiting.values():
             publish()
 
-    def _publish(self, name: str, device_type: str, device_ids: Collection[str], record: Callable[[], Row]) -> None:
+    def _publish(self, name: str, device_type: str, device_ids: Collection[str], record: Callable[[], Row], of: str) -> None:
         self._last += 1
         data = to_json(record())
         text = b"id: %s-%d\nevent: %s\ndata: %s\n\n" % (self._run.encode(), self._last, name.encode(), data)
-        event = Event(text, name, device_type, device_ids, data)
+        event = Event(text, name, device_type, device_ids, data, of)
         self._ring.append(event)
         self._ring_bytes += len(text)
         while len(self._ring) > self.MAX_EVENTS or (self._ring_bytes > self.MAX_BYTES and len(self._ring) > 1):
@@ -4832,13 +4833,13 @@ class Outbox:
     def note(self, event: Event) -> None:
         """Something happened."""
         if event.name == "command":
-            command = self._gateway.dispatch.commands.find(json_decoder.decode(event.data)["command_id"])
+            command = self._gateway.dispatch.commands.find(event.of)
             transaction = to_json(command.transaction if command else None)
             self.queue("result", event.data[:-1] + b',"transaction":' + transaction + b"}")
         elif event.name == "alert":
             self.queue(f"device/{next(iter(event.device_ids))}/alert", event.data)
         else:
-            self.put(next(iter(event.device_ids)))
+            self.put(event.of)
             if event.name == "device":
                 self.put("")  # how many are online
 
@@ -4880,7 +4881,9 @@ class Outbox:
         news = {kind: payload() for kind, (source, payload) in now.items() if told.of.get(kind) != source}
         told.of |= {kind: source for kind, (source, _) in now.items()}
         told.told_s = now_s if news else told.told_s
-        return [(self._topic(kind, device_id), payload, int(kind != "state"), True) for kind, payload in news.items()]
+        base = f"{self.base}/device/{device_id}" if device_id else self.base
+        topics = {"config": f"{self._prefix}/device/{discovery_id(self._gateway_id, device_id)}/config"}
+        return [(topics.get(kind, f"{base}/{kind}"), payload, int(kind != "state"), True) for kind, payload in news.items()]
 
     def _of_board(self, device: Device, told: Told) -> dict[str, tuple[object, Callable[[], bytes]]]:
         """What the messages about a board are made from, and how, by their topics' ends: from the same comes the same."""
@@ -4897,11 +4900,6 @@ class Outbox:
             "info": (facts, lambda: to_json({k: v for k, v in device.record().items() if k not in ("state", "alert")})),
             "state": (device.state_timestamp, lambda: device.state or b""),  # nothing, where it is back already and new
         }
-
-    def _topic(self, kind: str, device_id: str) -> str:
-        if kind == "config":
-            return f"{self._prefix}/device/{discovery_id(self._gateway_id, device_id)}/config"
-        return f"{self.base}/device/{device_id}/{kind}" if device_id else f"{self.base}/{kind}"
 
 
 def command_fields(topic: str, payload: bytes) -> dict[str, Any]:
@@ -4953,10 +4951,9 @@ class Broker:
         self._problem: str | None = "not connected yet"  # None where it is connected
         self._away_since = utc_now()
         self._connected_s = 0.0
-        self._takeovers = 0
+        self._takeovers, self._notice = 0, ""
         self._commands: set[asyncio.Task[None]] = set()
         self._stale_until_s = -math.inf  # what comes before that may have waited while this process stood still
-        self._is_stopping = False
         gauge = prometheus_client.Gauge("amhrpd_mqtt_connected", "1 with a broker.", registry=gateway.metrics)
         gauge.set_function(lambda: self._problem is None)
         gateway.health_parts.append(self.health)
@@ -4967,19 +4964,12 @@ class Broker:
         away = f"since {format_time(self._away_since)}: {self._problem}"
         return {"mqtt": "connected" if self._problem is None else away, "notice": self._notice}
 
-    @property
-    def _notice(self) -> str:
-        ended = f"the broker ended {self._takeovers} connections soon after they were made"
-        notice = f"{ended}: is there another gateway with the id {self._settings.gateway_id}?"
-        return notice if self._takeovers >= self.MAX_TAKEOVERS else ""
-
     def start(self) -> None:
         """Begin to connect."""
         self._running = asyncio.create_task(self._stay_connected())
 
     async def stop(self) -> None:
         """Send what the gateway told last, and `offline`, where a broker takes it in time; then hang up."""
-        self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
                 await asyncio.gather(*self._commands)
@@ -4994,7 +4984,7 @@ class Broker:
     async def _stay_connected(self) -> None:
         """Connect, again and again, until the gateway stops."""
         pause_s, longest_s = self.PAUSES_S
-        while not self._is_stopping:
+        while not self._outbox.is_ending:
             try:
                 await self._converse(self._client())
             except Exception as error:
@@ -5003,9 +4993,12 @@ class Broker:
                 if self._problem is None:
                     self._away_since = utc_now()
                     if time.monotonic() - self._connected_s > self.SETTLED_S:
-                        self._takeovers, pause_s = 0, self.PAUSES_S[0]
+                        self._takeovers, self._notice, pause_s = 0, "", self.PAUSES_S[0]
                     elif "timed out" not in problem:
                         self._takeovers += 1
+                    if self._takeovers >= self.MAX_TAKEOVERS:
+                        ended = f"the broker ended {self._takeovers} connections soon after they were made"
+                        self._notice = f"{ended}: is there another gateway with the id {self._settings.gateway_id}?"
                 self._problem = problem
                 is_defect = not isinstance(cause, OSError | ImportError) and type(cause).__name__[:4] != "Mqtt"
                 log.warning("mqtt_away", problem=self._notice or problem, exc_info=is_defect)
@@ -5071,32 +5064,26 @@ class Broker:
             if topic.endswith("/command"):
                 if len(self._commands) >= self.MAX_COMMANDS:
                     log.warning("mqtt_command_dropped", problem=f"over {self.MAX_COMMANDS} at once")
-                elif payload and not self._is_stopping:  # an empty one deletes one that is retained
+                elif payload and not self._outbox.is_ending:  # an empty one deletes one that is retained
                     task = asyncio.create_task(self._obey(topic, payload, is_retained=is_retained))
                     self._commands.add(task)
                     task.add_done_callback(self._commands.discard)
-            elif topic == f"{self._outbox.base}/status":
-                if payload != b"online":  # a will that came late
-                    self._outbox.put_all()
-            elif topic == f"{self._settings.mqtt_discovery}/status":
-                if payload == b"online" and not is_retained:
-                    asyncio.get_running_loop().call_later(random.uniform(*self.HOME_PAUSE_S), self._outbox.put_all)
-            elif payload and is_retained and self._takeovers < self.MAX_TAKEOVERS:
-                device_id = topic.split("/")[3]
-                if self._gateway.registry.find(device_id) is None:  # a ghost
-                    self._outbox.put(device_id)
+            elif topic == f"{self._outbox.base}/status" and payload != b"online":  # a will that came late
+                self._outbox.put_all()
+            elif topic == f"{self._settings.mqtt_discovery}/status" and payload == b"online" and not is_retained:
+                asyncio.get_running_loop().call_later(random.uniform(*self.HOME_PAUSE_S), self._outbox.put_all)
+            elif topic.endswith("/info") and payload and is_retained and not self._notice:
+                self._outbox.put(topic.split("/")[3])  # perhaps a ghost
 
     async def _obey(self, topic: str, payload: bytes, *, is_retained: bool) -> None:
         """Give a command to the gateway, or refuse it."""
-        transaction = None
         try:
             fields = command_fields(topic, payload)
             value = fields.pop("transaction", None)
             if isinstance(value, dict | list) or len(str(value)) > MAX_TRANSACTION:
                 text = f"transaction must be a JSON scalar of {MAX_TRANSACTION} characters at the most"
                 raise GatewayError(Code.INVALID_FIELD_VALUE, text)
-            transaction = value
-            TRANSACTION.set(transaction)
+            TRANSACTION.set(value)
             if is_retained:
                 text = f"a retained command is never obeyed: publish it to {topic} without the retain flag"
                 raise GatewayError(Code.INVALID_MESSAGE, text)
@@ -5105,7 +5092,7 @@ class Broker:
             await self._gateway.command(decode_command({}, to_json(fields)))
         except GatewayError as error:
             log.warning("mqtt_command_refused", problem=str(error), topic=topic, error_code=error.code.name)
-            answer = {"error": str(error), "error_code": error.code.name, "transaction": transaction}
+            answer = {"error": str(error), "error_code": error.code.name, "transaction": TRANSACTION.get()}
             self._outbox.queue("result", to_json(answer))
         except Exception:
             log.error("mqtt_command_failed", topic=topic, exc_info=True)
