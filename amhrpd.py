@@ -61,7 +61,7 @@ import urllib.parse
 import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_args
@@ -1925,6 +1925,7 @@ class Command:
     succeeded: set[str] = dataclasses.field(default_factory=set)
     failed: set[str] = dataclasses.field(default_factory=set)
     is_persisted: bool = True
+    transaction: object = None  # what its caller at a broker calls it
     came_s: float = dataclasses.field(default_factory=time.monotonic)
     sent_s: float = -math.inf  # monotonic, too
     has_left: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # it was sent, or found no device
@@ -2062,6 +2063,7 @@ class Event:
     device_type: str = ""
     device_ids: Collection[str] = ()
     data: Json = b"{}"
+    of: str = ""  # the device or command whose state it tells
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2097,15 +2099,14 @@ class Events:
     PAUSE_S = 0.05  # between two looks, so that 64 listeners and 2,000 events a second are few wake-ups
     ALIVE_S = 5.0  # contract, section 8
     SILENCE_S = 15.0
-    CLOSE_TIMEOUT_S = 0.5  # at a stop, for the last events to be taken
 
     def __init__(self) -> None:
+        self.observers: list[Callable[[Event], None]] = []  # are called with each event, from the start on
         self._run = uuid.uuid4().hex[:8]  # an id of another run must not look like one of ours
         self._last = 0  # the number of the latest event
         self._ring: deque[Event] = deque()
         self._ring_bytes = 0
         self._listeners: set[Listener] = set()
-        self._news = asyncio.Event()
         self._latest: dict[str, Callable[[], None] | None] = {}  # what was told just now, and what to tell of it next
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -2114,10 +2115,10 @@ class Events:
         """Something happened; `record` is asked for it where anybody listens. Where it tells the state `of` something that was
         told just now, it waits for REPEAT_S to be over, and the latest wins.
         """
-        if not self._listeners:
+        if not self._listeners and not self.observers:
             return
-        publish = functools.partial(self._publish, name, device_type, device_ids, record)
-        if (key := f"{name} {of}") in self._latest:
+        publish, key = functools.partial(self._publish, name, device_type, device_ids, record, of), f"{name} {of}"
+        if key in self._latest:
             self._latest[key] = publish
             return
         if of:
@@ -2132,22 +2133,20 @@ class Events:
         for publish in waiting.values():
             publish()
 
-    def _publish(self, name: str, device_type: str, device_ids: Collection[str], record: Callable[[], Row]) -> None:
+    def _publish(self, name: str, device_type: str, device_ids: Collection[str], record: Callable[[], Row], of: str) -> None:
         self._last += 1
         data = to_json(record())
         text = b"id: %s-%d\nevent: %s\ndata: %s\n\n" % (self._run.encode(), self._last, name.encode(), data)
-        self._ring.append(Event(text, name, device_type, device_ids, data))
+        event = Event(text, name, device_type, device_ids, data, of)
+        self._ring.append(event)
         self._ring_bytes += len(text)
         while len(self._ring) > self.MAX_EVENTS or (self._ring_bytes > self.MAX_BYTES and len(self._ring) > 1):
             self._ring_bytes -= len(self._ring.popleft().text)
         for listener in self._listeners:
-            if self._has_lost(listener):
+            if listener.seen < self._last - len(self._ring):
                 listener.cut_off()
-        self._news.set()
-
-    def _has_lost(self, listener: Listener) -> bool:
-        """Whether events that the listener has yet to take are out of the ring already."""
-        return listener.seen < self._last - len(self._ring)
+        for observe in self.observers:
+            observe(event)
 
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
@@ -2170,56 +2169,37 @@ class Events:
     async def follow(
         self, listener: Listener, last_event_id: str | None = None, *, alive: bool = False
     ) -> AsyncIterator[list[Event]]:
-        """What happens from now on, or after the event that the listener had last, some at a time; nothing is a sign of life.
-        With `alive` an event `alive` comes every ALIVE_S. Ends when the gateway stops, and where the listener was cut off.
+        """What happens from now on, or after the event that the listener had last, some at a time, with a sign of life now and
+        then: a comment, or with `alive` an event. Where there is a gap it begins with `reset`. Ends when the gateway stops, and
+        where the listener was cut off.
         """
-        yield [self._greeting(listener, last_event_id)]
-        interval_s = self.ALIVE_S if alive else self.SILENCE_S
-        told_s = time.monotonic()
-        while not self._has_lost(listener):
-            if listener.seen < self._last:
-                first = len(self._ring) - (self._last - listener.seen)
-                turn = list(itertools.islice(self._ring, first, first + self.TURN_EVENTS))
-                listener.seen += len(turn)
-                if wanted := list(filter(listener.wants, turn)):
-                    yield wanted
-                continue
-            if self._is_closed:
-                return
+        known = {f"{self._run}-{number}": number for number in range(self._last - len(self._ring), self._last + 1)}
+        listener.seen = known.get(last_event_id or "", self._last)
+        reset = "" if last_event_id is None or last_event_id in known else "event: reset\ndata: {}\n"
+        retry_ms = random.randint(500, 2500)  # so that not all come back at once, with an id before any event
+        yield [Event(f"retry: {retry_ms}\nid: {self._run}-{listener.seen}\n{reset}\n".encode())]
+        interval_s, told_s = self.ALIVE_S if alive else self.SILENCE_S, time.monotonic()
+        while (first := listener.seen - (self._last - len(self._ring))) >= 0:
+            turn = list(itertools.islice(self._ring, first, first + self.TURN_EVENTS))
+            listener.seen += len(turn)
+            wanted = list(filter(listener.wants, turn))
             if time.monotonic() - told_s >= interval_s:
                 told_s = time.monotonic()
                 data = to_json({"timestamp": format_time(utc_now())})
-                yield [Event(b"event: alive\ndata: %s\n\n" % data, "alive", data=data)] if alive else []
-            await asyncio.sleep(self.PAUSE_S)
-            if listener.seen == self._last and not self._is_closed:
-                self._news.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(told_s + interval_s - time.monotonic()):
-                        await self._news.wait()
+                wanted.append(Event(b"event: alive\ndata: %s\n\n" % data if alive else b":\n\n"))
+            if wanted:
+                yield wanted
+            elif not turn and self._is_closed:
+                return
+            elif not turn:
+                await asyncio.sleep(self.PAUSE_S)
 
-    def _greeting(self, listener: Listener, last_event_id: str | None) -> Event:
-        """The listener's place in the ring, and an id to come back with before any event; `reset` where there is a gap."""
-        run, _, digits = (last_event_id or "").rpartition("-")
-        number = int(digits) if run == self._run and re.fullmatch("[0-9]{1,18}", digits) else -1
-        is_known = self._last - len(self._ring) <= number <= self._last
-        listener.seen = number if is_known else self._last
-        name = "" if is_known or last_event_id is None else "reset"
-        reset = "event: reset\ndata: {}\n" if name else ""
-        retry_ms = random.randint(500, 2500)  # so that not all come back at once
-        return Event(f"retry: {retry_ms}\nid: {self._run}-{listener.seen}\n{reset}\n".encode(), name)
-
-    async def close(self) -> None:
-        """Tell what waits to be told, and let everybody go. Who doesn't take it in time is cut off."""
+    def close(self) -> None:
+        """Tell what waits to be told, and let everybody go."""
         self._tell_latest()
         if self._timer is not None:
             self._timer.cancel()
         self._is_closed = True
-        self._news.set()
-        over_s = time.monotonic() + self.CLOSE_TIMEOUT_S
-        while self._listeners and time.monotonic() < over_s:
-            await asyncio.sleep(0.01)
-        for listener in self._listeners:
-            listener.cut_off()
 
 
 # ======================================================================================================================
@@ -2276,11 +2256,13 @@ class Dispatch:
         for command in self.open.values():
             command.release()
 
-    async def command(self, request: CommandRequest, device_type: str, targets: Collection[Device]) -> Command:
+    async def command(
+        self, request: CommandRequest, device_type: str, targets: Collection[Device], transaction: object
+    ) -> Command:
         """A command for these targets, as it left. Raises PAYLOAD_TOO_LARGE."""
         timeout_s = float(request.timeout or self._timeout_s)
         command = Command(device_type, request.command_name, to_json(request.payload or {}), timeout_s, len(targets))
-        command.named = request.device_id or ()
+        command.named, command.transaction = request.device_id or (), transaction
         command.check_size()
         if (wanted := request.deadman) is not None:
             payload, armed_by = to_json(wanted.payload or {}), command.command_id
@@ -2408,7 +2390,8 @@ class Dispatch:
             if (device := self._registry.find(row["device_id"])) is not None:
                 self.meet(device)
 
-    def _find(self, command_id: str) -> Command | None:
+    def find(self, command_id: str) -> Command | None:
+        """The command, where it is open or was lately."""
         return self.open.get(command_id) or self._closed.get(command_id)
 
     async def wait_for_answers(self, command: Command, timeout_s: float) -> None:
@@ -2440,7 +2423,7 @@ class Dispatch:
         """A command has arrived, as its acknowledgement or the pong to the ping behind it shows: the deadman of its name that
         was armed before is disarmed. Returns the command, None where it was never sent to this device.
         """
-        command, deadman = self._find(command_id), device.deadman
+        command, deadman = self.find(command_id), device.deadman
         if command is None or not command.may_be_answered_by(device):
             return None
         if deadman is not None and command.command_name == deadman.command_name and command.sent_s > deadman.sent_s:
@@ -2524,18 +2507,18 @@ class Gateway:
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
                 while self.connections:
                     await asyncio.sleep(0.01)
-        await self.events.close()
+        self.events.close()
 
     # -- what callers ask for ------------------------------------------------------------------------------------------
 
-    async def command(self, request: CommandRequest) -> Command:
+    async def command(self, request: CommandRequest, transaction: object = None) -> Command:
         """Create a command, commit its row, which a store may hold up for a second at the most, send it to all targets at once,
-        and return it as sent or without devices. Raises GatewayError: nothing was sent.
+        and return it as sent or without devices. Its `transaction` is kept with it. Raises GatewayError: nothing was sent.
         """
         device_type, targets = await self._targets(request)
         if self.is_stopping:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
-        return await self.dispatch.command(request, device_type, targets)
+        return await self.dispatch.command(request, device_type, targets, transaction)
 
     async def _targets(self, request: CommandRequest) -> tuple[str, list[Device]]:
         """The type that a command's row has, and the devices that are online of those that are meant."""
@@ -4050,7 +4033,7 @@ class RestApi:
         listener = Listener(request.transport.abort, names, device_ids, query.device_type)
         events = self._gateway.events
         with events.listening(listener):
-            async with sse_response(request, ping_interval=Events.SILENCE_S, send_timeout=UNREAD_TIMEOUT_S) as response:
+            async with sse_response(request, ping_interval=math.inf, send_timeout=UNREAD_TIMEOUT_S) as response:
                 last_event_id = response.last_event_id or query.last_event_id
                 async for happened in events.follow(listener, last_event_id, alive=query.alive is not None):
                     await response.write(b"".join(event.text for event in happened))
@@ -4130,16 +4113,16 @@ class RestApi:
 
 # A reading's word -> Home Assistant's device class, and its units: the first is meant where no suffix names another, so that
 # `water_temperature` is in °C and `temperature_f` in °F.
-QUANTITIES: Mapping[str, tuple[str, str]] = {
-    "temperature": ("temperature", "°C °F K"),
-    "temp": ("temperature", "°C °F K"),
+QUANTITIES: Mapping[str, tuple[str, ...]] = {
+    "temperature": ("temperature", "°C", "°F", "K"),
+    "temp": ("temperature", "°C", "°F", "K"),
     "humidity": ("humidity", "%"),
     "battery": ("battery", "%"),
-    "voltage": ("voltage", "V mV"),
-    "current": ("current", "A mA"),
-    "pressure": ("pressure", "hPa Pa kPa mbar bar psi"),
+    "voltage": ("voltage", "V", "mV"),
+    "current": ("current", "A", "mA"),
+    "pressure": ("pressure", "hPa", "Pa", "kPa", "mbar", "bar", "psi"),
     "rssi": ("signal_strength", "dBm"),
-    "distance": ("distance", "cm mm m"),
+    "distance": ("distance", "cm", "mm", "m"),
 }
 # A reading's kind -> its platform and template, where `v` is the value. One that is missing, or of another kind by now, changes
 # nothing and floods no log; a text then is unknown.
@@ -4165,6 +4148,7 @@ BOARD_ENTITIES: Mapping[str, Row] = {
 }
 MAX_READINGS = 40
 MAX_TEXT = 64  # a longer one is no reading
+MAX_TRANSACTION = 64  # characters
 
 
 def object_of(text: Json | None) -> dict[str, Any]:
@@ -4175,22 +4159,18 @@ def object_of(text: Json | None) -> dict[str, Any]:
 
 def kind_of(name: str, value: object) -> str | None:
     """The kind of a reading; None where Home Assistant can't show it, or its name could be more than a name in a template."""
-    if not re.fullmatch("[A-Za-z0-9_]{1,40}", name):
-        return None
-    if isinstance(value, bool):
-        return "flag"
-    if isinstance(value, int | float):
-        return "number"
-    return "text" if isinstance(value, str) and len(value) <= MAX_TEXT else None
+    is_name = re.fullmatch("[A-Za-z0-9_]{1,40}", name)
+    is_long = isinstance(value, str) and len(value) > MAX_TEXT
+    return {bool: "flag", int: "number", float: "number", str: "text"}.get(type(value)) if is_name and not is_long else None
 
 
 def quantity_of(name: str) -> Row:
     """Device class and unit of a number, where its name tells them."""
-    words = ["", *re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")]
-    for word, suffix in ((words[-1], ""), (words[-2], words[-1])):
-        device_class, units = QUANTITIES.get(word, ("", ""))
-        for unit in units.split():
-            if suffix in ("", unit.lower().strip("°").replace("%", "percent")):
+    plain = "_" + re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    for word, (device_class, *units) in QUANTITIES.items():
+        for unit in units:
+            suffix = unit.lower().strip("°").replace("%", "percent")
+            if plain.endswith((f"_{word}", f"_{word}_{suffix}")):
                 return {"device_class": device_class, "unit_of_measurement": unit}
     return {}
 
@@ -4203,311 +4183,189 @@ def reading_entity(kind: str, name: str) -> Row:
     return entity | ({"state_class": "measurement"} | quantity_of(name) if kind == "number" else {})
 
 
-class Discovery:
-    """How Home Assistant finds boards by itself: one message a board that lists its entities (2024.11 and later)."""
-
-    def __init__(self, prefix: str, gateway_id: str) -> None:
-        self._prefix, self._gateway_id, self._base = prefix, gateway_id, f"amhrpd/{gateway_id}"
-
-    def topic(self, device_id: str = "") -> str:
-        """Where a board's entities are listed, or the gateway's."""
-        return f"{self._prefix}/device/{self._object_id(device_id)}/config"
-
-    def config(self, device: Device | None, readings: Sequence[tuple[str, str]] = ()) -> bytes:
-        """A board's entities with those of its readings (kind and name), or the gateway's."""
-        base, entities = self._base, GATEWAY_ENTITIES
-        about: Row = {"name": f"Gateway {self._gateway_id}", "model": "AMHR-PD gateway", "sw_version": VERSION}
-        if device is not None:
-            base = f"{self._base}/device/{device.device_id}"
-            entities = {**BOARD_ENTITIES, **{f"{kind}_{name}": reading_entity(kind, name) for kind, name in readings}}
-            about = {"name": device.device_id, "model": device.device_type, "via_device": self._object_id()}
-            if isinstance(firmware := object_of(device.metadata).get("firmware_version"), str):
-                about["sw_version"] = firmware[:MAX_TEXT]
-        object_id = self._object_id(device.device_id if device else "")
-        components: dict[str, Row] = {}
-        for key, entity in entities.items():
-            whole = {name: f"{base}/{value}" if name.endswith("_topic") else value for name, value in entity.items()}
-            components[key] = whole | {"unique_id": f"{object_id}_{key}"}
-        available = [{"topic": f"{self._base}/status"}]
-        if device is not None:
-            components["online"]["availability"] = available
-            available = [*available, {"topic": f"{base}/status"}]
-        config = {
-            "device": {"identifiers": [object_id], "manufacturer": "AMHR-PD", **about},
-            "origin": {"name": "AMHR-PD", "sw_version": VERSION},
-            "availability": available,
-            "availability_mode": "all",
-            "components": components,
-        }
-        return to_json(config)
-
-    def _object_id(self, device_id: str = "") -> str:
-        """What a board, or the gateway, is called there: a hash tells those apart that would be called the same."""
-        plain = "_".join(filter(None, ("amhrpd", self._gateway_id, re.sub("[^A-Za-z0-9_-]", "_", device_id))))
-        if "_" not in self._gateway_id and plain.endswith(device_id):
-            return plain
-        return f"{plain}_{hashlib.sha256(f'{self._gateway_id}/{device_id}'.encode()).hexdigest()[:6]}"
+def discovery_id(gateway_id: str, device_id: str = "") -> str:
+    """What Home Assistant calls a board, or the gateway: a hash tells those apart that would be called the same."""
+    plain = "_".join(filter(None, ("amhrpd", gateway_id, re.sub("[^A-Za-z0-9_-]", "_", device_id))))
+    if "_" not in gateway_id and plain.endswith(device_id):
+        return plain
+    return f"{plain}_{hashlib.sha256(f'{gateway_id}/{device_id}'.encode()).hexdigest()[:6]}"
 
 
-class Outgoing(NamedTuple):
-    """A message for the broker."""
+def discovery(gateway_id: str, device: Device | None, readings: Iterable[tuple[str, str]] = ()) -> Json:
+    """How Home Assistant finds a board, or the gateway: one message that lists its entities (2024.11 and later)."""
+    device_id = device.device_id if device else ""
+    object_id, gateway = discovery_id(gateway_id, device_id), f"amhrpd/{gateway_id}"
+    base, entities = gateway, GATEWAY_ENTITIES
+    about: Row = {"name": f"Gateway {gateway_id}", "model": "AMHR-PD gateway", "sw_version": VERSION}
+    available = [{"topic": f"{gateway}/status"}]
+    if device is not None:
+        base = f"{gateway}/device/{device_id}"
+        entities = {**BOARD_ENTITIES, **{f"{kind}_{name}": reading_entity(kind, name) for kind, name in readings}}
+        entities["online"] = BOARD_ENTITIES["online"] | {"availability": available}
+        available = [*available, {"topic": f"{base}/status"}]
+        about = {"name": device_id, "model": device.device_type, "via_device": discovery_id(gateway_id)}
+        if isinstance(firmware := object_of(device.metadata).get("firmware_version"), str):
+            about["sw_version"] = firmware[:MAX_TEXT]
+    components: dict[str, Row] = {}
+    for key, entity in entities.items():
+        whole = {name: f"{base}/{value}" if name.endswith("_topic") else value for name, value in entity.items()}
+        components[key] = whole | {"unique_id": f"{object_id}_{key}"}
+    config = {
+        "device": {"identifiers": [object_id], "manufacturer": "AMHR-PD", **about},
+        "origin": {"name": "AMHR-PD", "sw_version": VERSION},
+        "availability": available,
+        "availability_mode": "all",
+        "components": components,
+    }
+    return to_json(config)
 
-    topic: str
-    payload: bytes
-    qos: int = 1
-    is_retained: bool = True
+
+Outgoing = tuple[str, bytes, int, bool]
+"""A message as `publish` takes it: its topic and payload, QoS, and whether the broker is to keep it."""
 
 
 @dataclasses.dataclass(slots=True)
 class Told:
-    """What the broker was told of a board: its facts, the kinds and names of readings that it had so far, when of its state."""
+    """What the broker was told of a board, or of the gateway, and what is there to tell Home Assistant of."""
 
-    facts: tuple[object, ...] = ()
-    readings: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    state_s: float = -math.inf
+    of: dict[str, object] = dataclasses.field(default_factory=dict)  # by the topic's end: what the message was made from
+    readings: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # the kinds and names that it had so far
+    grew_s: float = dataclasses.field(default_factory=time.monotonic)  # when one was new
+    told_s: float = -math.inf
 
 
 class Outbox:
-    """What goes out: which of what the broker keeps is due, and when; and a queue of alerts and results.
-
-    What is kept is made from memory when its turn comes, so the latest wins. Where nobody takes the queue, its oldest give way.
+    """What goes out: alerts and results, the oldest of which give way, and what the broker keeps of boards: that is made from
+    memory when its turn comes, and compared with what was told, so the latest wins and nothing is told twice.
     """
 
     MAX_QUEUED, MAX_QUEUED_BYTES = 1000, 4 << 20
-    MAX_DUE, MAX_TOLD, MAX_TRANSACTIONS = 50_000, 10_000, 1000
-    TURN, TURN_S = 10, 0.02  # messages at once, and the pause behind those that the broker keeps: 500 a second
-    STATE_PAUSE_S = 1.0  # contract, section 9: of one board
+    MAX_BOARDS = 20_000
+    TURN, TURN_S = 22, 0.05  # messages at once, three more with the last board's, and the pause behind them: 500 a second
+    BOARD_PAUSE_S = 1.0  # contract, section 9
     READINGS_PAUSE_S = 2.0  # boards tell of themselves bit by bit
-    KEPT = ("config", "status", "info", "state")  # of a board; of one that is gone, Home Assistant is told first
-    KEPT_ALWAYS = KEPT[:3]  # also of one that has told no state in this run: the broker may have its last one
 
-    def __init__(self, settings: Settings, registry: Registry, metrics: prometheus_client.CollectorRegistry) -> None:
+    def __init__(self, settings: Settings, gateway: Gateway) -> None:
+        self._gateway_id, self._prefix = settings.gateway_id, settings.mqtt_discovery
         self.base = f"amhrpd/{settings.gateway_id}"
-        self._registry = registry
-        self._discovery = Discovery(settings.mqtt_discovery, settings.gateway_id) if settings.mqtt_discovery else None
-        self._due: dict[tuple[str, str], float] = {}  # kind and device_id ("" for the gateway's own) -> when
-        self._turn_s = 0.0  # when the next of them may go
-        self._queue: deque[Outgoing] = deque()
+        self._gateway, self._registry = gateway, gateway.registry
+        self._due: dict[str, None] = {}  # device_ids, in turn; "" is the gateway's own
         self._told: defaultdict[str, Told] = defaultdict(Told)  # by device_id
-        self._transactions: dict[str, object] = {}  # by command_id
-        self._news = asyncio.Event()
-        self._is_ending = False
-        self._dropped = prometheus_client.Counter("amhrpd_mqtt_dropped", "Alerts and results that gave way.", registry=metrics)
+        self._queue: deque[Outgoing] = deque()
+        self._leaving: list[Outgoing] = []  # of the queue: sent, and perhaps not taken
+        self.is_ending = False  # then all that is left goes at once
+        what = "Alerts and results that gave way."
+        self._dropped = prometheus_client.Counter("amhrpd_mqtt_dropped", what, registry=gateway.metrics)
 
     # -- what is to go -------------------------------------------------------------------------------------------------
 
-    def put(self, device_id: str, *kinds: str, in_s: float = 0) -> None:
-        """What the broker keeps of a device, or of the gateway, is due in some time, if it isn't earlier."""
-        for kind in kinds:
-            if len(self._due) < self.MAX_DUE and (kind != "config" or self._discovery):
-                self._due.setdefault((kind, device_id), time.monotonic() + in_s)
-        self._news.set()
+    def put(self, device_id: str) -> None:
+        """The broker may not know the latest of a board, or of the gateway."""
+        if len(self._due) < self.MAX_BOARDS:
+            self._due[device_id] = None
 
     def put_all(self) -> None:
-        """The broker may know nothing: all that it keeps is due, and `online` behind that."""
-        self._due.clear()
-        self.put("", "info")
-        self.put_discovery()
-        for device in self._registry.matching():
-            kept = self.KEPT if device.state is not None else self.KEPT_ALWAYS
-            self.put(device.device_id, *kept)
-        self.put("", "status")
-
-    def put_discovery(self, in_s: float = 0) -> None:
-        """Home Assistant is to be told of everything."""
-        for device_id in ("", *(device.device_id for device in self._registry.matching())):
-            self.put(device_id, "config", in_s=in_s)
+        """The broker, or Home Assistant, may know nothing: it is told of everything, and `online` behind that."""
+        for device_id in (*[device.device_id for device in self._registry.matching()], ""):
+            self._told[device_id] = Told(readings=self._told[device_id].readings, grew_s=-math.inf)
+            self._due.pop(device_id, None)
+            self.put(device_id)
 
     def queue(self, topic: str, payload: bytes) -> None:
         """Send what the broker doesn't keep: an alert or a result."""
-        self._queue.append(Outgoing(f"{self.base}/{topic}", payload, is_retained=False))
-        while (
-            len(self._queue) > self.MAX_QUEUED or sum(len(message.payload) for message in self._queue) > self.MAX_QUEUED_BYTES
-        ):
+        self._queue.append((f"{self.base}/{topic}", payload, 1, False))
+        while len(self._queue) > self.MAX_QUEUED or sum(len(waiting) for _, waiting, *_ in self._queue) > self.MAX_QUEUED_BYTES:
             self._queue.popleft()
             self._dropped.inc()
-        self._news.set()
-
-    def note_transaction(self, command_id: str, transaction: object) -> None:
-        """The results of a command bear what it came with."""
-        self._transactions[command_id] = transaction
-        if len(self._transactions) > self.MAX_TRANSACTIONS:
-            del self._transactions[next(iter(self._transactions))]
 
     def note(self, event: Event) -> None:
         """Something happened."""
         if event.name == "command":
-            transaction = self._transactions.get(json_decoder.decode(event.data)["command_id"])
-            self.queue("result", event.data[:-1] + b',"transaction":' + to_json(transaction) + b"}")
-            return
-        for device_id in event.device_ids:
-            if event.name == "alert":
-                self.queue(f"device/{device_id}/alert", event.data)
-            elif event.name == "state":
-                self.put(device_id, "state", in_s=self._told[device_id].state_s + self.STATE_PAUSE_S - time.monotonic())
-            else:
-                self._note_device(device_id)
-                self.put("", "info", in_s=self.STATE_PAUSE_S)
-
-    def _note_device(self, device_id: str) -> None:
-        device = self._registry.find(device_id)
-        if device is None:
-            self._told.pop(device_id, None)
-            self.put(device_id, *self.KEPT)
-            return
-        if len(self._told) > self.MAX_TOLD:
-            self._told.clear()
-        told = self._told[device_id]
-        facts = (device.is_online, device.device_type, device.connected_at, device.metadata)
-        if not told.facts:
-            self.put(device_id, "config", in_s=self.READINGS_PAUSE_S)
-        if told.facts != facts:  # a deadman that was armed is none of them
-            told.facts = facts
-            self.put(device_id, "status", "info")
+            command = self._gateway.dispatch.find(event.of)
+            transaction = to_json(command.transaction if command else None)
+            self.queue("result", event.data[:-1] + b',"transaction":' + transaction + b"}")
+        elif event.name == "alert":
+            self.queue(f"device/{next(iter(event.device_ids))}/alert", event.data)
+        else:
+            self.put(event.of)
+            if event.name == "device":
+                self.put("")  # how many are online
 
     # -- what goes -----------------------------------------------------------------------------------------------------
 
     async def send(self, client: aiomqtt.Client) -> None:
-        """Send what there is to send, until nothing is left after `end`. Raises what aiomqtt raises."""
-        while (messages := self._take()) or not self._is_ending:
-            try:
-                await asyncio.gather(*(client.publish(m.topic, m.payload, m.qos, m.is_retained) for m in messages))
-            except BaseException:  # what the broker keeps is due on the next connection anyway
-                self._queue.extendleft(message for message in reversed(messages) if not message.is_retained)
-                raise
-            if not messages:
-                await self._wait()
+        """Send what there is to send, until the end, when nothing is left. Raises what aiomqtt raises."""
+        while self._leaving or self._queue or self._due or not self.is_ending:
+            self._leaving += [self._queue.popleft() for _ in range(min(self.TURN - len(self._leaving), len(self._queue)))]
+            kept: list[Outgoing] = []
+            for device_id in list(self._due):
+                kept += self._kept(device_id) if len(kept) < self.TURN else ()
+            await asyncio.gather(*(client.publish(*message) for message in (*self._leaving, *kept)))
+            self._leaving.clear()
+            await asyncio.sleep(0 if self.is_ending else self.TURN_S)
 
-    def end(self) -> None:
-        """All that is left goes now, whenever it is due, and nothing comes after it."""
-        self._is_ending = True
-        self.put("", "info")
-
-    async def _wait(self) -> None:
-        """Return when something may go."""
-        self._news.clear()
-        next_s = max(self._turn_s, min(self._due.values(), default=math.inf))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None if next_s == math.inf else max(0.0, next_s - time.monotonic())):
-                await self._news.wait()
-
-    def _take(self) -> list[Outgoing]:
-        """What goes now, a few messages: of the queue, and of what is due."""
-        now_s = math.inf if self._is_ending else time.monotonic()
-        messages = [self._queue.popleft() for _ in range(min(self.TURN, len(self._queue)))]
-        if now_s >= self._turn_s:
-            due = (key for key, due_s in self._due.items() if due_s <= now_s)
-            for key in list(itertools.islice(due, self.TURN)):
-                del self._due[key]
-                messages.append(self._kept(*key))
-                self._turn_s = time.monotonic() + self.TURN_S
-        return messages
-
-    def _kept(self, kind: str, device_id: str) -> Outgoing:
-        """What the broker is to keep by now: nothing of a board that is gone."""
-        device, topic = self._registry.find(device_id), f"{self.base}/device/{device_id}/{kind}"
-        if kind == "config" and self._discovery is not None:
-            topic = self._discovery.topic(device_id)
-            is_there = device is not None or not device_id
-            payload = self._discovery.config(device, self._readings(device) if device else ()) if is_there else b""
-        elif not device_id:
-            topic = f"{self.base}/{kind}"
-            total, online = len(self._registry.matching()), self._registry.online
-            info = {"version": VERSION, "devices_online": online, "devices_total": total}
-            payload = b"online" if kind == "status" else to_json(info)
-        elif device is None:
-            payload = b""
-        elif kind == "status":
-            payload = b"online" if device.is_online else b"offline"
-        elif kind == "info":
-            payload = to_json({key: value for key, value in device.record().items() if key not in ("state", "alert")})
+    def _kept(self, device_id: str) -> list[Outgoing]:
+        """What the broker is to keep of a board, or of the gateway, and doesn't yet: nothing of a board that is gone."""
+        if len(self._told) > self.MAX_BOARDS:
+            self._told.clear()  # then all is told twice
+        device, told, now_s = self._registry.find(device_id), self._told[device_id], time.monotonic()
+        if now_s < told.told_s + self.BOARD_PAUSE_S and not self.is_ending:
+            return []  # it stays due
+        del self._due[device_id]
+        if device is not None:
+            now = self._of_board(device, told)
+        elif device_id:
+            told = self._told[device_id] = Told(grew_s=-math.inf)
+            now = dict.fromkeys(("config", "status", "info", "state"), (b"", bytes))  # Home Assistant is told first
         else:
-            payload = device.state or b""  # nothing, where it is back already and new
-            told = self._told[device_id]
-            told.state_s, known = time.monotonic(), len(told.readings)
-            if len(self._readings(device)) > known:
-                self.put(device_id, "config", in_s=self.READINGS_PAUSE_S)
-        return Outgoing(topic, payload, qos=0 if kind == "state" else 1)
+            info = to_json({"version": VERSION, "devices_online": self._registry.online, "devices_total": len(self._registry)})
+            config = functools.partial(discovery, self._gateway_id, None)
+            now = {"config": (VERSION, config), "info": (info, lambda: info), "status": (True, lambda: b"online")}
+        if not self._prefix:
+            del now["config"]
+        elif now_s < told.grew_s + self.READINGS_PAUSE_S and not self.is_ending:
+            del now["config"]
+            self.put(device_id)
+        news = {kind: payload() for kind, (source, payload) in now.items() if told.of.get(kind) != source}
+        told.of |= {kind: source for kind, (source, _) in now.items()}
+        told.told_s = now_s if news else told.told_s
+        base = f"{self.base}/device/{device_id}" if device_id else self.base
+        topics = {"config": f"{self._prefix}/device/{discovery_id(self._gateway_id, device_id)}/config"}
+        return [(topics.get(kind, f"{base}/{kind}"), payload, int(kind != "state"), True) for kind, payload in news.items()]
 
-    def _readings(self, device: Device) -> list[tuple[str, str]]:
-        """The kinds and names of the readings that a board had so far: a number may be a text when its sensor fails."""
-        readings = self._told[device.device_id].readings
+    def _of_board(self, device: Device, told: Told) -> dict[str, tuple[object, Callable[[], bytes]]]:
+        """What the messages about a board are made from, and how, by their topics' ends: from the same comes the same."""
         for name, value in object_of(device.state).items():
-            kind = kind_of(name, value)
-            if kind is not None and (kind, name) not in readings and len(readings) < MAX_READINGS:
-                readings.append((kind, name))
-        return readings
+            kind = kind_of(name, value)  # a number may be a text when its sensor fails
+            if kind is not None and (kind, name) not in told.readings and len(told.readings) < MAX_READINGS:
+                told.readings.append((kind, name))
+                if "config" in told.of:
+                    told.grew_s = time.monotonic()
+        facts = (device.is_online, device.device_type, device.connected_at, device.metadata)  # an armed deadman is none
+        return {
+            "config": (len(told.readings), functools.partial(discovery, self._gateway_id, device, told.readings)),
+            "status": (device.is_online, lambda: b"online" if device.is_online else b"offline"),
+            "info": (facts, lambda: to_json({k: v for k, v in device.record().items() if k not in ("state", "alert")})),
+            "state": (device.state_timestamp, lambda: device.state or b""),  # nothing, where it is back already and new
+        }
 
 
-class Incoming:
-    """Commands that come from the broker: each is refused, or given to the gateway, in the order in which they came."""
-
-    MAX_BYTES = 128 << 10  # contract, section 9
-    MAX_AGE_S = 1.0
-    MAX_AT_ONCE = 100  # a flood beyond that is dropped without an answer
-    MAX_TRANSACTION = 64  # characters
-
-    def __init__(self, gateway: Gateway, outbox: Outbox) -> None:
-        self._gateway = gateway
-        self._outbox = outbox
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def take(self, topic: str, payload: bytes, *, is_retained: bool, is_stale: bool) -> None:
-        """A command came to a topic. Never waits."""
-        refusal = None
-        if is_retained:
-            text = f"a retained command is never obeyed: publish it to {topic} without the retain flag"
-            refusal = GatewayError(Code.INVALID_MESSAGE, text)
-        elif is_stale:
-            refusal = GatewayError(Code.REQUEST_TIMEOUT, f"it waited over {self.MAX_AGE_S:g} s: the gateway stood still")
-        if len(self._tasks) >= self.MAX_AT_ONCE:
-            log.warning("mqtt_command_dropped", problem=f"over {self.MAX_AT_ONCE} at once")
-        elif payload:  # an empty one deletes one that is retained
-            task = asyncio.create_task(self._obey(topic, payload, refusal))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _obey(self, topic: str, payload: bytes, refusal: GatewayError | None) -> None:
-        transaction = None
-        try:
-            fields = self._read(topic, payload)
-            value = fields.pop("transaction", None)
-            if isinstance(value, dict | list) or len(str(value)) > self.MAX_TRANSACTION:
-                text = f"transaction must be a JSON scalar of {self.MAX_TRANSACTION} characters at the most"
-                raise GatewayError(Code.INVALID_FIELD_VALUE, text)
-            transaction = value
-            if refusal is not None:
-                raise refusal
-            command = await self._gateway.command(decode_command({}, to_json(fields)))
-            self._outbox.note_transaction(command.command_id, transaction)
-        except GatewayError as problem:
-            error = refusal or problem
-            log.warning("mqtt_command_refused", problem=str(error), topic=topic, error_code=error.code.name)
-            answer = {"error": str(error), "error_code": error.code.name, "transaction": transaction}
-            self._outbox.queue("result", to_json(answer))
-        except Exception:
-            log.error("mqtt_command_failed", topic=topic, exc_info=True)
-
-    def _read(self, topic: str, payload: bytes) -> dict[str, Any]:
-        """The fields of a command. To a board's topic it may be just a name. Raises GatewayError."""
-        if len(payload) > self.MAX_BYTES:
-            text = f"the message has {len(payload)} bytes; the gateway takes {self.MAX_BYTES} at the most"
-            raise GatewayError(Code.PAYLOAD_TOO_LARGE, text)
-        payload, (*_, device_id, _) = without_padding(payload), topic.split("/")
-        is_for_board = "/device/" in topic
-        if is_for_board and payload[:1] not in (b"{", b"[", b'"'):
-            with contextlib.suppress(UnicodeDecodeError):
-                payload = to_json({"command_name": payload.decode()})
-        fields = decode_json(payload)
-        if not isinstance(fields, dict):
-            raise GatewayError(Code.INVALID_MESSAGE, "the message must be a JSON object")
-        if named := sorted(fields.keys() & {"device_id", "device_type"} if is_for_board else ()):
-            raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(named)}: the topic names the device")
-        return fields | ({"device_id": [device_id]} if is_for_board else {})
-
-    async def finish(self) -> None:
-        """Return when all that came was handled."""
-        await asyncio.gather(*self._tasks)
+def command_fields(topic: str, payload: bytes) -> dict[str, Any]:
+    """The fields of a command that came to a topic; to a board's it may be just a name. Raises GatewayError."""
+    if len(payload) > MAX_BODY_BYTES:
+        text = f"the message has {len(payload)} bytes; the gateway takes {MAX_BODY_BYTES} at the most"
+        raise GatewayError(Code.PAYLOAD_TOO_LARGE, text)
+    payload, (*_, device_id, _) = without_padding(payload), topic.split("/")
+    is_for_board = "/device/" in topic
+    if is_for_board and payload[:1] not in (b"{", b"[", b'"'):
+        with contextlib.suppress(UnicodeDecodeError):
+            payload = to_json({"command_name": payload.decode()})
+    fields = decode_json(payload)
+    if not isinstance(fields, dict):
+        raise GatewayError(Code.INVALID_MESSAGE, "the message must be a JSON object")
+    if named := sorted(fields.keys() & {"device_id", "device_type"} if is_for_board else ()):
+        raise GatewayError(Code.INVALID_FIELD_VALUE, f"{', '.join(named)}: the topic names the device")
+    return fields | ({"device_id": [device_id]} if is_for_board else {})
 
 
 async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -4519,24 +4377,6 @@ async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
             raise result
 
 
-class DaemonThreads(ThreadPoolExecutor):
-    """For what may take minutes, such as looking up a name: no stop, and no end of the program, waits for these threads."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a function in a thread of its own."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*args, **kwargs))
-                except Exception as error:  # noqa: BLE001 # whoever awaits it gets it
-                    future.set_exception(error)
-
-        threading.Thread(target=run, name="broker-connect", daemon=True).start()
-        return future
-
-
 class Broker:
     """The way to an MQTT broker and back (contract, section 9). Whatever happens there, the gateway goes on."""
 
@@ -4546,182 +4386,165 @@ class Broker:
     SETTLED_S = 180.0  # longer than two gateways that end each other's connections would pause
     MAX_TAKEOVERS = 3
     HOME_PAUSE_S = (1.0, 5.0)  # before Home Assistant, which is back, is told of the boards: not by all gateways at once
-    TICK_S = 0.25
+    MAX_COMMANDS = 100  # at once: a flood beyond that is dropped without an answer
+    MAX_WAITING = 1000  # messages that came: under a second of work
+    MAX_AGE_S, TICK_S = 1.0, 0.25  # contract, section 9: of a command; how often this process sees that it runs
     STOP_TIMEOUT_S = 2.0
     HANG_UP_TIMEOUT_S = 0.5
 
     def __init__(self, settings: Settings, gateway: Gateway) -> None:
         self._settings = settings
         self._gateway = gateway
-        self._outbox = Outbox(settings, gateway.registry, gateway.metrics)
-        self._incoming = Incoming(gateway, self._outbox)
-        self._base = self._outbox.base
+        self._outbox = Outbox(settings, gateway)
         self._problem: str | None = "not connected yet"  # None where it is connected
         self._away_since = utc_now()
-        self._takeovers = 0
-        self._awake_s = math.inf  # when this process was last seen to run
-        self._stale_until_s = -math.inf
-        self._is_stopping = False
+        self._connected_s = 0.0
+        self._takeovers, self._notice = 0, ""
+        self._commands: set[asyncio.Task[None]] = set()
+        self._stale_until_s = -math.inf  # what comes before that may have waited while this process stood still
         gauge = prometheus_client.Gauge("amhrpd_mqtt_connected", "1 with a broker.", registry=gateway.metrics)
         gauge.set_function(lambda: self._problem is None)
         gateway.health_parts.append(self.health)
+        gateway.events.observers.append(self._outbox.note)
 
     def health(self) -> Row:
         """What `GET /health` says of it."""
         away = f"since {format_time(self._away_since)}: {self._problem}"
-        health = {"mqtt": "connected" if self._problem is None else away}
-        return health | ({"notice": self._notice} if self._takeovers >= self.MAX_TAKEOVERS else {})
-
-    @property
-    def _notice(self) -> str:
-        ended = f"the broker ended {self._takeovers} connections soon after they were made"
-        return f"{ended}: is there another gateway with the id {self._settings.gateway_id}?"
+        return {"mqtt": "connected" if self._problem is None else away, "notice": self._notice}
 
     def start(self) -> None:
-        """Begin to connect, and to listen to what happens."""
-        asyncio.get_running_loop().set_default_executor(DaemonThreads())  # in which aiomqtt connects
-        self._listening = asyncio.create_task(self._listen())
-        self._connecting = asyncio.create_task(self._stay_connected())
+        """Begin to connect."""
+        self._running = asyncio.create_task(self._stay_connected())
 
     async def stop(self) -> None:
         """Send what the gateway told last, and `offline`, where a broker takes it in time; then hang up."""
-        self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
-                await self._incoming.finish()
+                await asyncio.gather(*self._commands)
+                self._outbox.is_ending = True
                 if self._problem is None:
-                    await self._listening
-                    self._outbox.end()
-                    await self._connecting
-        await end_tasks([self._listening, self._connecting])
-
-    async def _listen(self) -> None:
-        """Have the outbox note what happens, until the gateway stops. After a gap everything is told anew."""
-        events = self._gateway.events
-        listener = Listener(cut_off=lambda: None, names=frozenset(("device", "state", "command", "alert")))
-        while not self._gateway.is_stopping:
-            try:
-                with events.listening(listener):
-                    self._outbox.put_all()
-                    async for batch in events.follow(listener, None):
-                        await asyncio.sleep(0)  # who gave a command then knows its id, and the transaction is noted
-                        for event in batch:
-                            self._outbox.note(event)
-            except Exception as error:
-                log.warning("mqtt_deaf", problem=str(error), exc_info=not isinstance(error, GatewayError))
-                await asyncio.sleep(self.PAUSES_S[0])
+                    await self._running
+        self._running.cancel()
+        await asyncio.wait([self._running])
 
     # -- connections ---------------------------------------------------------------------------------------------------
 
     async def _stay_connected(self) -> None:
         """Connect, again and again, until the gateway stops."""
         pause_s, longest_s = self.PAUSES_S
-        while not self._is_stopping:
-            connected_s = math.inf
+        while not self._outbox.is_ending:
             try:
-                async with self._connection() as client:
-                    connected_s = time.monotonic()
-                    await self._converse(client)
-                return
+                await self._converse(self._client())
             except Exception as error:
-                is_defect = not isinstance(error, OSError | ImportError) and type(error).__name__[:4] != "Mqtt"
-                problem = str(error) or type(error).__name__
-                log.warning("mqtt_away", problem=problem, exc_info=is_defect)
-            if self._problem is None:
-                self._away_since = utc_now()
-            self._problem = problem
-            lasted_s = time.monotonic() - connected_s
-            if lasted_s > self.SETTLED_S:
-                self._takeovers, pause_s = 0, self.PAUSES_S[0]
-            elif lasted_s > 0 and "timed out" not in problem:
-                self._takeovers += 1
-                if self._takeovers >= self.MAX_TAKEOVERS:
-                    log.warning("mqtt_taken_over", problem=self._notice)
-            await asyncio.sleep(pause_s * random.uniform(0.75, 1.25))
-            pause_s = min(pause_s * 2, longest_s)
+                cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+                problem = str(cause) or type(cause).__name__
+                if self._problem is None:
+                    self._away_since = utc_now()
+                    if time.monotonic() - self._connected_s > self.SETTLED_S:
+                        self._takeovers, self._notice, pause_s = 0, "", self.PAUSES_S[0]
+                    elif "timed out" not in problem:
+                        self._takeovers += 1
+                    if self._takeovers >= self.MAX_TAKEOVERS:
+                        ended = f"the broker ended {self._takeovers} connections soon after they were made"
+                        self._notice = f"{ended}: is there another gateway with the id {self._settings.gateway_id}?"
+                self._problem = problem
+                is_defect = not isinstance(cause, OSError | ImportError) and type(cause).__name__[:4] != "Mqtt"
+                log.warning("mqtt_away", problem=self._notice or problem, exc_info=is_defect)
+                await asyncio.sleep(pause_s * random.uniform(0.75, 1.25))
+                pause_s = min(pause_s * 2, longest_s)
 
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[aiomqtt.Client]:
-        """One connection. Raises what aiomqtt raises, OSError, ImportError."""
+    def _client(self) -> aiomqtt.Client:
+        """A connection to be made. Raises OSError, ImportError."""
         import aiomqtt  # who has no broker pays nothing for it
-
-        class Inbox(asyncio.Queue[aiomqtt.Message]):
-            def put_nowait(_, message: aiomqtt.Message) -> None:  # noqa: N805
-                self._arrived(message.topic.value, bytes(message.payload), is_retained=bool(message.retain))
 
         url = urllib.parse.urlsplit(self._settings.mqtt_url or "")
         tls = ssl.create_default_context(cafile=self._settings.mqtt_ca) if url.scheme == "mqtts" else None
-        client = aiomqtt.Client(
+        return aiomqtt.Client(
             url.hostname or "",
             url.port or (8883 if tls else 1883),
             username=None if url.username is None else urllib.parse.unquote(url.username),
             password=None if url.password is None else urllib.parse.unquote(url.password),
             identifier=f"amhrpd-{self._settings.gateway_id}",
             clean_session=True,
-            will=aiomqtt.Will(f"{self._base}/status", b"offline", qos=1, retain=True),
+            will=aiomqtt.Will(f"{self._outbox.base}/status", b"offline", qos=1, retain=True),
             keepalive=self.KEEPALIVE_S,
             timeout=self.TIMEOUT_S,
-            queue_type=Inbox,
+            max_queued_incoming_messages=self.MAX_WAITING,
             tls_context=tls,
             logger=logging.Logger("aiomqtt", logging.CRITICAL + 1),  # what it has to say comes as exceptions, too
         )
-        try:
-            await client.__aenter__()
-            yield client
-        finally:  # also where connecting failed: aiomqtt would leave its socket and a task behind
-            client.timeout = self.HANG_UP_TIMEOUT_S
-            with contextlib.suppress(aiomqtt.MqttError):
-                if self._is_stopping:
-                    await client.publish(f"{self._base}/status", b"offline", qos=1, retain=True)
-            with contextlib.suppress(aiomqtt.MqttError):
-                await client.__aexit__(None, None, None)
 
     async def _converse(self, client: aiomqtt.Client) -> None:
-        """Tell what there is to tell and take commands, until the connection ends or the gateway stops."""
-        self._awake_s, self._stale_until_s = math.inf, -math.inf
-        topics = [f"{self._base}/{topic}" for topic in ("command", "device/+/command", "status", "device/+/info")]
+        """One connection, to its end or the gateway's. Raises what aiomqtt raises, alone or in a group."""
+        topics = [f"{self._outbox.base}/{topic}" for topic in ("command", "device/+/command", "status", "device/+/info")]
         if prefix := self._settings.mqtt_discovery:
             topics.append(f"{prefix}/status")
-        await client.subscribe([(topic, 0) for topic in ("amhrpd/all/command", *topics)])
-        self._outbox.put_all()
-        self._problem = None
-        log.info("mqtt_connected", gateway_id=self._settings.gateway_id)
-        ended = anext(client.messages)  # by an exception alone: no message comes this way (see Inbox)
-        tasks = [asyncio.ensure_future(work) for work in (ended, self._outbox.send(client), self._tick())]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await end_tasks(tasks)
+            await client.__aenter__()
+            await client.subscribe([(topic, 0) for topic in ("amhrpd/all/command", *topics)])
+            self._outbox.put_all()
+            self._problem, self._connected_s = None, time.monotonic()
+            log.info("mqtt_connected", gateway_id=self._settings.gateway_id)
+            async with asyncio.TaskGroup() as group:
+                others = [group.create_task(self._receive(client)), group.create_task(self._note_standstill())]
+                await self._outbox.send(client)
+                for task in others:
+                    task.cancel()
+        finally:  # also where connecting failed: aiomqtt would leave its socket and a task behind
+            client.timeout = self.HANG_UP_TIMEOUT_S
+            with contextlib.suppress(Exception):  # what broke it is known
+                await client.publish(f"{self._outbox.base}/status", b"offline", qos=1, retain=True)
+            with contextlib.suppress(Exception):
+                await client.__aexit__(None, None, None)
 
-    async def _tick(self) -> None:
+    async def _note_standstill(self) -> None:
         while True:
-            self._is_behind()
+            before_s = time.monotonic()
             await asyncio.sleep(self.TICK_S)
+            if time.monotonic() - before_s > self.MAX_AGE_S:
+                self._stale_until_s = time.monotonic() + self.MAX_AGE_S
 
-    def _is_behind(self) -> bool:
-        """Whether what comes now may have waited while this process stood still, until just now or a second ago."""
-        now_s = time.monotonic()
-        if now_s - self._awake_s > Incoming.MAX_AGE_S:
-            self._stale_until_s = now_s + Incoming.MAX_AGE_S
-        self._awake_s = now_s
-        return now_s < self._stale_until_s
+    # -- what comes ----------------------------------------------------------------------------------------------------
 
-    def _arrived(self, topic: str, payload: bytes, *, is_retained: bool) -> None:
-        """A message came."""
-        if self._is_stopping:
-            return
-        if topic.endswith("/command"):
-            self._incoming.take(topic, payload, is_retained=is_retained, is_stale=self._is_behind())
-        elif topic == f"{self._base}/status":
-            if payload != b"online":  # a will that came late
-                self._outbox.put("", "status")
-        elif topic == f"{self._settings.mqtt_discovery}/status":
-            if payload == b"online" and not is_retained:
-                self._outbox.put_discovery(random.uniform(*self.HOME_PAUSE_S))
-        elif payload and is_retained and self._takeovers < self.MAX_TAKEOVERS:
-            device_id = topic.split("/")[3]
-            if self._gateway.registry.find(device_id) is None:  # a ghost
-                self._outbox.put(device_id, *self._outbox.KEPT)
+    async def _receive(self, client: aiomqtt.Client) -> None:
+        async for message in client.messages:
+            topic, payload, is_retained = message.topic.value, bytes(message.payload), bool(message.retain)
+            if topic.endswith("/command"):
+                if len(self._commands) >= self.MAX_COMMANDS:
+                    log.warning("mqtt_command_dropped", problem=f"over {self.MAX_COMMANDS} at once")
+                elif payload and not self._outbox.is_ending:  # an empty one deletes one that is retained
+                    task = asyncio.create_task(self._obey(topic, payload, is_retained=is_retained))
+                    self._commands.add(task)
+                    task.add_done_callback(self._commands.discard)
+            elif topic == f"{self._outbox.base}/status" and payload != b"online":  # a will that came late
+                self._outbox.put_all()
+            elif topic == f"{self._settings.mqtt_discovery}/status" and payload == b"online" and not is_retained:
+                asyncio.get_running_loop().call_later(random.uniform(*self.HOME_PAUSE_S), self._outbox.put_all)
+            elif topic.endswith("/info") and payload and is_retained and not self._notice:
+                self._outbox.put(topic.split("/")[3])  # perhaps a ghost
+
+    async def _obey(self, topic: str, payload: bytes, *, is_retained: bool) -> None:
+        """Give a command to the gateway, or refuse it."""
+        transaction = None
+        try:
+            fields = command_fields(topic, payload)
+            value = fields.pop("transaction", None)
+            if isinstance(value, dict | list) or len(str(value)) > MAX_TRANSACTION:
+                text = f"transaction must be a JSON scalar of {MAX_TRANSACTION} characters at the most"
+                raise GatewayError(Code.INVALID_FIELD_VALUE, text)
+            transaction = value
+            if is_retained:
+                text = f"a retained command is never obeyed: publish it to {topic} without the retain flag"
+                raise GatewayError(Code.INVALID_MESSAGE, text)
+            if time.monotonic() < self._stale_until_s:
+                raise GatewayError(Code.REQUEST_TIMEOUT, f"it waited over {self.MAX_AGE_S:g} s: the gateway stood still")
+            await self._gateway.command(decode_command({}, to_json(fields)), transaction)
+        except GatewayError as error:
+            log.warning("mqtt_command_refused", problem=str(error), topic=topic, error_code=error.code.name)
+            answer = {"error": str(error), "error_code": error.code.name, "transaction": transaction}
+            self._outbox.queue("result", to_json(answer))
+        except Exception:
+            log.error("mqtt_command_failed", topic=topic, exc_info=True)
 
 
 # ======================================================================================================================

@@ -3229,7 +3229,7 @@ async def test_listener_that_reads_nothing_is_cut_off_and_costs_nobody_anything(
     async with gateway_on(database) as client, client.board("servo_1") as board, listening(client) as stream:
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=1024)
         writer.write(b"GET /events HTTP/1.1\r\nHost: pi\r\n\r\n")
-        await reader.readuntil(b"retry")
+        await reader.readuntil(b"id:")
 
         for batch in range(60):
             for number in range(batch * 100, batch * 100 + 100):
@@ -3272,6 +3272,21 @@ async def test_silence_is_broken_by_a_comment(database: Path, monkeypatch: pytes
             async with asyncio.timeout(0.5):
                 await stream.next()
         assert 2 <= stream.comments <= 5
+
+
+@in_a_loop
+async def test_who_left_makes_room_though_nothing_happens(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amhrpd.Events, "SILENCE_S", 0.1)
+    monkeypatch.setattr(amhrpd.Events, "MAX_LISTENERS", 1)
+    async with gateway_on(database) as client:
+        async with listening(client, "?event=alert"):
+            await client.get("/events", 429)
+
+        async def has_room() -> bool:
+            async with client.session.get(f"http://127.0.0.1:{client.port}/events") as response:
+                return response.status == 200
+
+        await eventually(has_room)
 
 
 @in_a_loop
@@ -3422,7 +3437,7 @@ def with_broker(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...,
             patch.setattr(amhrpd.Broker, "SETTLED_S", 0.0)
             patch.setattr(amhrpd.Broker, "HOME_PAUSE_S", (0.0, 0.1))
             patch.setattr(amhrpd.Outbox, "READINGS_PAUSE_S", 0.1)
-            patch.setattr(amhrpd.Incoming, "MAX_AT_ONCE", amhrpd.Incoming.MAX_AT_ONCE)
+            patch.setattr(amhrpd.Broker, "MAX_COMMANDS", amhrpd.Broker.MAX_COMMANDS)
             try:
                 await test(broker, tmp_path / "amhrpd.db")
             finally:
@@ -3760,8 +3775,9 @@ async def test_states_are_paced_and_the_latest_always_arrives(broker: Mosquitto,
 @with_broker
 async def test_states_of_all_boards_take_turns(broker: Mosquitto, database: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amhrpd.Outbox, "TURN", 10)
         patch.setattr(amhrpd.Outbox, "TURN_S", 0.5)  # ten boards in half a second
-        patch.setattr(amhrpd.Outbox, "STATE_PAUSE_S", 0.0)
+        patch.setattr(amhrpd.Outbox, "BOARD_PAUSE_S", 0.0)
         async with (
             broker.peer("amhrpd/#") as peer,
             gateway_at(broker, database) as client,
@@ -3796,7 +3812,8 @@ async def test_what_is_deleted_is_gone_from_the_broker(broker: Mosquitto, databa
         peer.messages.clear()
         assert (await client.ask("DELETE", "/devices/a.1"))[0] == 200
         await eventually(lambda: peer.all("amhrpd/gw/device/a.1/info"))
-        assert "homeassistant" in peer.messages[0].topic.value
+        told = [message.topic.value for message in peer.messages]
+        assert next(topic for topic in told if "a.1" in topic or "a_1" in topic).startswith("homeassistant")
         assert not [topic for topic in await broker.kept() if "a.1" in topic or "a_1" in topic]
     async with gateway_on(database) as client:  # deleted while the gateway isn't at the broker
         assert (await client.ask("DELETE", "/devices/b"))[0] == 200
@@ -3904,7 +3921,7 @@ async def test_home_assistant_is_told_again_only_of_new_readings_and_when_it_is_
     topic = "homeassistant/device/amhrpd_gw_esp_1/config"
     async with broker.peer() as peer, gateway_at(broker, database) as client, client.board("esp_1") as board:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(amhrpd.Outbox, "STATE_PAUSE_S", 0.0)
+            patch.setattr(amhrpd.Outbox, "BOARD_PAUSE_S", 0.0)
             for number, state in enumerate(({"a": 1}, {"b": 2}, {"a": "text by now"}, {"a": 2, "b": 3})):
                 await say(board, "status", payload=state)
                 await peer.more("amhrpd/gw/device/esp_1/state", number)
@@ -3972,7 +3989,7 @@ async def test_a_flood_of_commands_holds_up_nobody_and_grows_no_queue(broker: Mo
         async for frame in board:
             heard.update([json.loads(frame)["command_name"]])
 
-    amhrpd.Incoming.MAX_AT_ONCE = 3  # with_broker puts it back
+    amhrpd.Broker.MAX_COMMANDS = 3  # with_broker puts it back
     async with gateway_at(broker, database) as client, client.board("esp_1") as board, background(listen(board)):
         flood = subprocess.Popen([sys.executable, "-c", program])
         try:
@@ -3983,9 +4000,9 @@ async def test_a_flood_of_commands_holds_up_nobody_and_grows_no_queue(broker: Mo
                 await client.post("/command", {"device_id": "esp_1", "command_name": f"stop_{number}"})
                 await eventually(functools.partial(heard.__contains__, f"stop_{number}"))
                 times_s.append(time.monotonic() - began_s)
-                at_once = max(at_once, len([task for task in asyncio.all_tasks() if "Incoming." in repr(task)]))
+                at_once = max(at_once, len([task for task in asyncio.all_tasks() if "Broker._obey" in repr(task)]))
             assert sorted(times_s)[5] < 1.0, times_s
-            assert 0 < at_once <= amhrpd.Incoming.MAX_AT_ONCE
+            assert 0 < at_once <= amhrpd.Broker.MAX_COMMANDS
         finally:
             flood.kill()
             flood.wait()
