@@ -755,10 +755,10 @@ def read_time(stored: object) -> datetime | None:
         return None
 
 
-def read_json(stored: object) -> Json:
+def read_json(stored: object) -> Json | None:
     """Stored JSON as every reader takes it, whatever an earlier writer left there (NaN, lone surrogates, no JSON)."""
     if stored is None:
-        return b"null"
+        return None
     text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
     with contextlib.suppress(msgspec.DecodeError, UnicodeError, RecursionError):
         return to_json(json_decoder.decode(text))
@@ -771,26 +771,10 @@ def read_json(stored: object) -> Json:
         return json.dumps(text).encode()  # shown as the text that it is
 
 
-def converted(table: TableName, row: Row, of_time: Callable[[datetime | None], Any], of_json: Callable[[Json], Any]) -> Row:
-    """A row of the contract's columns, its times and its JSON (NULL stays None) turned into what is wanted of them."""
-    found: Row = {}
-    for name, kind in COLUMNS[table].items():
-        found[name] = value = row[name]
-        if kind == "DATETIME":
-            found[name] = of_time(read_time(value))
-        elif kind == "JSON" and value is not None:
-            found[name] = of_json(read_json(value))
-    return found
-
-
-def for_answer(table: TableName, row: Row) -> Row:
-    """A row as answers show it: the contract's columns, times as text, JSON as it is."""
-    return converted(table, row, format_time, raw)
-
-
 def for_memory(table: TableName, row: Row) -> Row:
-    """A row as memory takes it up: times as times, JSON as Json, and nothing missing that is needed."""
-    found = converted(table, row, lambda time: time, lambda content: content)
+    """A row as memory takes it up: the contract's columns, times as times, JSON as Json, and nothing missing that is needed."""
+    read = {"DATETIME": read_time, "JSON": read_json}
+    found: Row = {name: read.get(kind, lambda value: value)(row[name]) for name, kind in COLUMNS[table].items()}
     if table == "devices":
         found["device_type"] = found["device_type"] or ""
         found["connected_at"] = found["connected_at"] or found["last_heartbeat"] or utc_now()
@@ -799,6 +783,17 @@ def for_memory(table: TableName, row: Row) -> Row:
         found["payload"] = found["payload"] or b"null"
         found["created_at"] = found["created_at"] or utc_now()
     return found
+
+
+def for_answer(table: TableName, row: Row) -> Row:
+    """A row as answers show it: the contract's columns, times as text, JSON as it is."""
+    shown: Row = {name: row[name] for name in COLUMNS[table]}
+    for name, kind in COLUMNS[table].items():
+        if kind == "DATETIME":
+            shown[name] = format_time(read_time(row[name]))
+        elif kind == "JSON" and row[name] is not None:
+            shown[name] = raw(read_json(row[name]) or b"")
+    return shown
 
 
 # -- what goes wrong with a file ---------------------------------------------------------------------------------------
@@ -1038,7 +1033,7 @@ def load_devices(tables: Any) -> Iterator[Row]:
         LEFT JOIN device_state_snapshots h ON h.rowid = ({newest})"""
     budget_bytes = RESTORED_BYTES
     for row in tables.query(question, _step=20):
-        state = None if row["state"] is None else read_json(row["state"])
+        state = read_json(row["state"])
         device = for_memory("devices", row) | {"state": state, "state_timestamp": read_time(row["state_timestamp"])}
         budget_bytes -= len(device["metadata_json"]) + len(state or b"")
         if budget_bytes < 0:
