@@ -4248,6 +4248,7 @@ class Outbox:
         self._told: defaultdict[str, Told] = defaultdict(Told)  # by device_id
         self._queue: deque[Outgoing] = deque()
         self._leaving: list[Outgoing] = []  # of the queue: sent, and perhaps not taken
+        self._news = asyncio.Event()  # there is something to send
         self.is_ending = False  # then all that is left goes at once
         what = "Alerts and results that gave way."
         self._dropped = prometheus_client.Counter("amhrpd_mqtt_dropped", what, registry=gateway.metrics)
@@ -4258,6 +4259,7 @@ class Outbox:
         """The broker may not know the latest of a board, or of the gateway."""
         if len(self._due) < self.MAX_BOARDS:
             self._due[device_id] = None
+        self._news.set()
 
     def put_all(self) -> None:
         """The broker, or Home Assistant, may know nothing: it is told of everything, and `online` behind that."""
@@ -4272,6 +4274,7 @@ class Outbox:
         while len(self._queue) > self.MAX_QUEUED or sum(len(waiting) for _, waiting, *_ in self._queue) > self.MAX_QUEUED_BYTES:
             self._queue.popleft()
             self._dropped.inc()
+        self._news.set()
 
     def note(self, event: Event) -> None:
         """Something happened."""
@@ -4291,12 +4294,15 @@ class Outbox:
     async def send(self, client: aiomqtt.Client) -> None:
         """Send what there is to send, until the end, when nothing is left. Raises what aiomqtt raises."""
         while self._leaving or self._queue or self._due or not self.is_ending:
+            await self._news.wait()
             self._leaving += [self._queue.popleft() for _ in range(min(self.TURN - len(self._leaving), len(self._queue)))]
             kept: list[Outgoing] = []
             for device_id in list(self._due):
                 kept += self._kept(device_id) if len(kept) < self.TURN else ()
             await asyncio.gather(*(client.publish(*message) for message in (*self._leaving, *kept)))
             self._leaving.clear()
+            if not self._queue and not self._due:
+                self._news.clear()
             await asyncio.sleep(0 if self.is_ending else self.TURN_S)
 
     def _kept(self, device_id: str) -> list[Outgoing]:
@@ -4417,6 +4423,7 @@ class Broker:
             async with asyncio.timeout(self.STOP_TIMEOUT_S):
                 await asyncio.gather(*self._commands)
                 self._outbox.is_ending = True
+                self._outbox.put("")
                 if self._problem is None:
                     await self._running
         self._running.cancel()

@@ -4020,6 +4020,7 @@ async def test_a_flood_of_commands_holds_up_nobody_and_grows_no_queue(broker: Mo
 async def test_what_waits_for_a_broker_is_bounded_and_the_oldest_gives_way(broker: Mosquitto, database: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amhrpd.Outbox, "MAX_QUEUED", 5)
+        patch.setattr(amhrpd.Broker, "PAUSES_S", (0.5, 0.5))  # the other program is back first
         broker.stop()
         async with gateway_on(database, **at(broker)) as client, client.board("esp_1") as board:
             for number in range(12):
