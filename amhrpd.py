@@ -1469,6 +1469,14 @@ class Writer:
                 self._has_written.set()
 
 
+async def end_tasks(tasks: Collection[asyncio.Task[Any]]) -> list[Exception]:
+    """Cancel what still runs, and wait for its end. Returns what went wrong."""
+    for task in tasks:
+        task.cancel()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    return [end for end in ends if isinstance(end, Exception)]
+
+
 class Store:
     """The database as the event loop sees it: what is put (see Backlog) gets into the file, and what is read is all of it."""
 
@@ -1515,7 +1523,7 @@ class Store:
         try:
             async with asyncio.timeout(timeout_s + 1):  # the last try may have begun just before
                 await asyncio.wait((self._tasks["write"],))
-                await self._end_tasks()
+                await end_tasks(self._tasks.values())
                 for threads in (self._readers, self._writer.syncing):  # no connection may be closed while another uses it
                     await self._run(threads.shutdown)
                 await self._run(self._database.close)
@@ -1528,14 +1536,9 @@ class Store:
             log.error("rows_lost", rows=lost, reason=self._writer.failure)
         return is_clean and not lost
 
-    async def _end_tasks(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-
     async def _end(self) -> None:
         """Leave no task behind, and no thread but one that hangs on a disk."""
-        await self._end_tasks()
+        await end_tasks(self._tasks.values())
         for threads in (self._readers, self._writer.syncing, self._writer.writing):
             threads.shutdown(wait=False)
 
@@ -2251,9 +2254,7 @@ class Dispatch:
         for command in self.open.values():
             command.release()
 
-    async def command(
-        self, request: CommandRequest, device_type: str, targets: Collection[Device], transaction: object
-    ) -> Command:
+    async def command(self, request: CommandRequest, device_type: str, targets: list[Device], transaction: object) -> Command:
         """A command for these targets, as it left. Raises PAYLOAD_TOO_LARGE."""
         timeout_s = float(request.timeout or self._timeout_s)
         command = Command(device_type, request.command_name, to_json(request.payload or {}), timeout_s, len(targets))
@@ -2394,10 +2395,8 @@ class Dispatch:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await command.released.wait()
-        # What the caller is told of has to outlast a crash.
-        await command.persist(
-            self._store.write_command(command.command_id, command.row, command.size_bytes), self.PERSIST_TIMEOUT_S
-        )
+        written = self._store.write_command(command.command_id, command.row, command.size_bytes)
+        await command.persist(written, self.PERSIST_TIMEOUT_S)  # what the caller is told of has to outlast a crash
 
     def acknowledge(self, device: Device, message: CommandAck) -> None:
         """A board answers a command. Raises COMMAND_NOT_FOUND."""
@@ -2799,12 +2798,9 @@ class DeviceSocket:
                 case WSMsgType.PING:
                     self.send(server_frame(WSMsgType.PONG, frame.data))
                 case WSMsgType.PONG:
-                    if (
-                        self.device is not None
-                    ):  # it is activity (wheels send nothing else for hours), and shows what has arrived
+                    if self.device is not None:  # it is activity, and shows what has arrived
                         self._gateway.dispatch.note_arrival(self.device, bytes(frame.data).decode("ascii", "replace"))
-                        if not self._has_ended:
-                            self.device.last_heartbeat = utc_now()
+                        self.device.last_heartbeat = self.device.last_heartbeat if self._has_ended else utc_now()
                 case WSMsgType.CLOSE:
                     self._take_close(frame.data)
                     return
@@ -4369,15 +4365,6 @@ def command_fields(topic: str, payload: bytes) -> dict[str, Any]:
     return fields | ({"device_id": [device_id]} if is_for_board else {})
 
 
-async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel what still runs, wait for its end, raise what went wrong."""
-    for task in tasks:
-        task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception):
-            raise result
-
-
 class Broker:
     """The way to an MQTT broker and back (contract, section 9). Whatever happens there, the gateway goes on."""
 
@@ -4929,7 +4916,8 @@ class SimulatedBoard:
                     until_cut_s = random.expovariate(cuts_a_minute / 60) if cuts_a_minute else None
                     await asyncio.wait(tasks, timeout=until_cut_s, return_when=asyncio.FIRST_COMPLETED)
                     self.is_up = False
-                    await end_tasks(tasks)
+                    for error in await end_tasks(tasks):
+                        raise error
                     async with asyncio.timeout(self.CONFIRM_TIMEOUT_S):
                         await (await socket_.ping())  # answered after all that came before it was handled
                     self.confirmed.update(range(first, self.snapshots))
