@@ -183,7 +183,6 @@ def variable_of(field: str) -> str:
 
 def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Any]:
     """What `environ` and `flags`, which win, set of `kind`'s fields; an empty text only for a token, and where it means none.
-
     Raises ConfigError, also for a variable that is none of the gateway's: a misspelt token would leave the door open.
     """
     known = [variable_of(name) for name in Settings.__struct_fields__]
@@ -423,9 +422,8 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
 
 
 def decode_command(query: Mapping[str, Any], body: bytes) -> CommandRequest:
-    """Make one request of what the query and the body of `POST /command` say, in both forms of the contract's section 6.
-
-    Raises GatewayError.
+    """Make one request of what the query and the body of `POST /command` say, in both forms of the contract's section 6. Raises
+    GatewayError.
     """
     fields = dict(query)
     if isinstance(payload := query.get("payload"), str):
@@ -464,9 +462,8 @@ def depth_of(data: bytes) -> int:
 
 
 def decode_json(data: bytes, name: str = "the message") -> Any:
-    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting.
-
-    Raises GatewayError, which says of `name` what is wrong.
+    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises GatewayError, which says of `name`
+    what is wrong.
     """
     code, problem = Code.INVALID_MESSAGE, f"is nested deeper than {MAX_JSON_DEPTH} levels"
     try:
@@ -866,9 +863,8 @@ class DatabaseFile:
         return path.with_name(path.name + suffix)
 
     def lock(self) -> None:
-        """Have the file, created where there was none, for this process alone.
-
-        Raises StartError where another gateway has it or it is no regular file, OSError.
+        """Have the file, created where there was none, for this process alone. Raises StartError where another gateway has it
+        or it is no regular file, OSError.
         """
         self._lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
@@ -1065,9 +1061,8 @@ def write_rows(tables: Any, statement: str, rows: list[Values]) -> None:
 
 def newest_rows(tables: Any, table: TableName, limit: int, offset: int = 0, **wanted: Any) -> Iterator[Row]:
     """Rows of a history, newest first and then by rowid, without the first `offset`. `wanted`: columns with their values, times
-    `since` and `until` as stored, the key of a row that they come behind in this order, `before`; None is any.
-
-    Raises LookupError where there is no such row.
+    `since` and `until` as stored, the key of a row that they come behind in this order, `before`; None is any. Raises
+    LookupError where there is no such row.
     """
     time, _ = HISTORIES[table]
     values = {name: value for name, value in wanted.items() if value is not None}
@@ -1100,10 +1095,9 @@ def old_rows(tables: Any, table: TableName, before: str, about: int) -> Iterator
 
 
 class Database:
-    """The tables, through `dataset`. Blocks on the disk.
-
-    `read` belongs to the readers' threads, `sync` to the card's, all else to the writer's. A write that failed
-    leaves a connection behind that may hold a lock for good: it is closed, and the next write has a new one.
+    """The tables, through `dataset`. Blocks on the disk. `read` belongs to the readers' threads, `sync` to the card's, all else
+    to the writer's. A write that failed leaves a connection behind that may hold a lock for good: it is closed, and the next
+    write has a new one.
     """
 
     PROGRESS_STEPS = 10_000_000  # of SQLite's between two news of an index that is being made: some seconds
@@ -1127,10 +1121,9 @@ class Database:
     # -- opening and closing -------------------------------------------------------------------------------------------
 
     def open(self, began: datetime, progress: Callable[[str], None]) -> Loaded:
-        """Open or create the file, end what the last run left open, as of when this one `began`, and load it.
-
-        `progress` is told what takes long, again and again. Raises StartError for a file that can't be used, STORE_ERRORS for
-        what may be over later.
+        """Open or create the file, end what the last run left open, as of when this one `began`, and load it. `progress` is
+        told what takes long, again and again. Raises StartError for a file that can't be used, STORE_ERRORS for what may be
+        over later.
         """
         try:
             self.file.lock()
@@ -1307,7 +1300,6 @@ class Database:
 
     def sync(self, *, is_log_synced: bool) -> None:
         """Have what was committed on the card, and write a log that has grown long into the file. Commits go on beside it.
-
         Raises OSError where the card fails to.
         """
         path = self.file.beside("-wal")
@@ -1341,9 +1333,7 @@ class Database:
 
 class Writer:
     """Opens the database, hands what waits to its thread, one transaction at a time, and has it on the card in time. Its state
-    belongs to the event loop.
-
-    What fails for the disk's sake is tried again until it is done.
+    belongs to the event loop. What fails for the disk's sake is tried again until it is done.
     """
 
     OPEN_PATIENCE_S = 5.0  # a start waits so long for a disk on which nothing gets on ...
@@ -1422,9 +1412,8 @@ class Writer:
             self._has_tried.set()
 
     async def _insist(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Do something in the thread, again and again where the disk fails, from the second time on after a pause.
-
-        Raises FileLostError, StartError, and TimeoutError where a stop can't wait for another try.
+        """Do something in the thread, again and again where the disk fails, from the second time on after a pause. Raises
+        FileLostError, StartError, and TimeoutError where a stop can't wait for another try.
         """
         while True:
             failed_before = self.failure
@@ -1504,9 +1493,8 @@ class Store:
 
     async def open(self, on_loaded: Callable[[Loaded], None], on_progress: Callable[[str], None] = lambda text: None) -> None:
         """Open or create the file, and look after it from then on. `on_loaded` is told what it has, `on_progress` again and
-        again what takes long. Raises StartError where it can't be used.
-
-        A disk that is full, read-only or stalled is waited for while the gateway serves.
+        again what takes long. Raises StartError where it can't be used. A disk that is full, read-only or stalled is waited for
+        while the gateway serves.
         """
         self._tasks["write"] = asyncio.create_task(self._writer.write_forever(on_loaded, on_progress))
         self._tasks["sync"] = asyncio.create_task(self._writer.sync_forever())
@@ -1608,9 +1596,8 @@ class Store:
         return deleted
 
     async def delete_device(self, device_id: str) -> dict[str, int]:
-        """Delete what was put of a device so far, in steps between batches. Returns how many snapshots and events it were.
-
-        What comes of it meanwhile stays. Raises STORE_UNAVAILABLE; then a part may be deleted, and its row is still there.
+        """Delete what was put of a device so far, in steps between batches. Returns how many snapshots and events it were. What
+        comes of it meanwhile stays. Raises STORE_UNAVAILABLE; then a part may be deleted, and its row is still there.
         """
         histories: Mapping[str, TableName] = {"snapshots": "device_state_snapshots", "events": "device_connection_logs"}
         deleted: dict[str, int] = {}
@@ -1674,10 +1661,8 @@ class Store:
         return rows[0] if rows else None
 
     async def _read(self, ask: Callable[[Any], Iterable[Row]]) -> list[Row]:
-        """Ask the tables in a reader's thread, after all that was put so far is in the file.
-
-        Raises STORE_UNAVAILABLE where that can't be done in time, INVALID_FIELD_VALUE where the row is gone behind which an
-        answer should begin.
+        """Ask the tables in a reader's thread, after all that was put so far is in the file. Raises STORE_UNAVAILABLE where
+        that can't be done in time, INVALID_FIELD_VALUE where the row is gone behind which an answer should begin.
         """
         await self.flush()
         try:
@@ -3647,7 +3632,6 @@ def error_of(request: web.BaseRequest, problem: BaseException | None) -> Gateway
 
 def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Counter[str]) -> web.Response:
     """The answer for what went wrong, in the one shape that every error has; counted, logged where somebody will ask why.
-
     Raises ConnectionError where an answer is under way: aiohttp then cuts it off, so that the caller sees that this isn't all.
     """
     error = error_of(request, problem)
@@ -4394,15 +4378,12 @@ class Broker:
         gauge.set_function(lambda: self._problem is None)
         gateway.health_parts.append(self.health)
         gateway.events.observers.append(self._outbox.note)
+        self._running = asyncio.create_task(self._stay_connected())
 
     def health(self) -> Row:
         """What `GET /health` says of it."""
         away = f"since {format_time(self._away_since)}: {self._problem}"
         return {"mqtt": "connected" if self._problem is None else away, "notice": self._notice}
-
-    def start(self) -> None:
-        """Begin to connect."""
-        self._running = asyncio.create_task(self._stay_connected())
 
     async def stop(self) -> None:
         """Send what the gateway told last, and `offline`, where a broker takes it in time; then hang up."""
@@ -4779,7 +4760,6 @@ def build_app(settings: Settings) -> web.Application:
 
 async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop: asyncio.Event) -> None:
     """Do what is due regularly until `stop` is set. The watchdog's ping comes from here, so it shows that the loop turns.
-
     Raises STORE_UNAVAILABLE where the database's file is not what it was.
     """
     watchdog_s = int(os.environ.get("WATCHDOG_USEC") or 0) / 1e6 or math.inf
@@ -4814,9 +4794,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
             connection = functools.partial(HttpConnection, runner.server, gateway, limit)
             listener = await listen(settings, connection, tls_options)
             if settings.mqtt_url:
-                broker = Broker(settings, gateway)
-                way_out.push_async_callback(broker.stop)
-                broker.start()
+                way_out.push_async_callback(Broker(settings, gateway).stop)
             way_out.push_async_callback(gateway.stop)  # boards and listeners are logged off
             way_out.callback(listener.close)
             way_out.callback(log.info, "stopping")
@@ -4975,9 +4953,8 @@ class Fleet:
         self._session: aiohttp.ClientSession
 
     async def play(self, stop: asyncio.Event) -> int:
-        """Play until the plan's duration is over or `stop` is set, audit, print the table.
-
-        Returns the exit code: 1 if anything is missing. Raises StartError if the gateway doesn't answer, before or after.
+        """Play until the plan's duration is over or `stop` is set, audit, print the table. Returns the exit code: 1 if anything
+        is missing. Raises StartError if the gateway doesn't answer, before or after.
         """
         headers = {"Authorization": f"Bearer {self.plan.api_token}"} if self.plan.api_token else {}
         try:
