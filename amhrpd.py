@@ -2472,7 +2472,8 @@ class Gateway:
             if self.registry.find(row["device_id"]) is None:
                 self.registry.know(Device.restore(row))
         self.dispatch.take_up(loaded["command_logs"], loaded["amhrpd_deadmen"])
-        log.info("restored", **{table: len(rows) for table, rows in loaded.items()})
+        if any(loaded.values()):
+            log.info("restored", **{table: len(rows) for table, rows in loaded.items()})
 
     async def stop(self) -> None:
         """Take no more commands, send every armed deadman, log every board off and close its connection with 1001; then
