@@ -521,9 +521,12 @@ def convert_fields(values: Mapping[str, Any], kind: type[AnyStruct], within: str
     raise AssertionError(f"each field is right, and {kind.__name__} is not")
 
 
+EPOCH = datetime.fromisoformat("1970-01-01")
+
+
 def utc_now() -> datetime:
     """The gateway's wall clock: naive, UTC, as the store keeps it. For records only; durations use the monotonic clock."""
-    return datetime.now(UTC).replace(tzinfo=None)
+    return EPOCH + timedelta(0, time.time())  # in a quarter of the time that `datetime.now(UTC).replace(tzinfo=None)` takes
 
 
 def format_time(moment: datetime | None) -> str | None:
@@ -610,16 +613,19 @@ Loaded = Mapping[TableName, list[Row]]
 
 
 def insertion(table: TableName) -> str:
-    """The statement that puts a row into a table, in a keyed one in place of that with its key."""
-    columns = [column for column in COLUMNS[table] if column != "id"]
-    insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+    """The statement that puts a row into a table, in a keyed one in place of that with its key. (dataset's own ways take twice
+    as long, and three statements.)
+    """
+    columns = {column: kind for column, kind in COLUMNS[table].items() if column != "id"}
+    marks = ["CAST(? AS TEXT)" if kind == "JSON" else "?" for kind in columns.values()]
+    insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(marks)})"
     if "id" in COLUMNS[table]:
         return insert
-    values = {column: f"excluded.{column}" for column in columns[1:]}
+    values = {column: f"excluded.{column}" for column in columns}
     if table == "devices":  # a registration that says nothing of it leaves what is known (contract, section 2)
         values["metadata_json"] = "CASE excluded.metadata_json WHEN '{}' THEN metadata_json ELSE excluded.metadata_json END"
     changes = ", ".join(f"{column} = {value}" for column, value in values.items())
-    return f"{insert} ON CONFLICT ({columns[0]}) DO UPDATE SET {changes}"
+    return f"{insert} ON CONFLICT DO UPDATE SET {changes}"
 
 
 INSERTIONS = {table: insertion(table) for table in TABLES}
@@ -1058,12 +1064,6 @@ def load_commands(tables: Any) -> Iterator[Row]:
 # -- the database ------------------------------------------------------------------------------------------------------
 
 
-def write_rows(tables: Any, statement: str, rows: list[Values]) -> None:
-    """Do a statement for each row. dataset's `insert_many` takes twice as long a row, and its upserts three statements."""
-    texts = [tuple([value.decode() if isinstance(value, bytes) else value for value in row]) for row in rows]
-    tables.executable.exec_driver_sql(statement, texts)
-
-
 def newest_rows(tables: Any, table: TableName, limit: int, offset: int = 0, **wanted: Any) -> Iterator[Row]:
     """Rows of a history, newest first and then by rowid, without the first `offset`. `wanted`: columns with their values, times
     `since` and `until` as stored, the key of a row that they come behind in this order, `before`; None is any. Raises
@@ -1265,7 +1265,7 @@ class Database:
             with self.transaction() as tables:
                 for statement, rows in batch.rows.items():
                     if rows:
-                        write_rows(tables, statement, rows)
+                        tables.executable.exec_driver_sql(statement, rows)
         except sa.exc.StatementError as error:
             if fault_of(error) is not Fault.ROW:
                 raise
@@ -1277,7 +1277,7 @@ class Database:
         with self.transaction() as tables:
             for statement, row in [(statement, row) for statement, rows in batch.rows.items() for row in rows]:
                 try:
-                    write_rows(tables, statement, [row])
+                    tables.executable.exec_driver_sql(statement, row)
                 except sa.exc.StatementError as error:
                     if fault_of(error) is not Fault.ROW:
                         raise
