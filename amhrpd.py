@@ -677,11 +677,13 @@ class Backlog:
         return self._size_bytes > self.CONGESTED_BYTES
 
     def call_writer(self, due_s: float = 0.0) -> None:
-        """Have the writer come at this monotonic time, at once where it is over."""
+        """Have the writer come at this monotonic time; 0 is at once."""
         if due_s < self._due_s:
             if self._alarm is not None:
                 self._alarm.cancel()
             self._due_s, self._alarm = due_s, asyncio.get_running_loop().call_at(due_s, self.is_due.set)
+            if due_s == 0:
+                self.is_due.set()
 
     def put(self, table: TableName, key: str, row: RowNow | None, size_bytes: int = 300, *, urgent: bool = True) -> bool:
         """Write a row in place of the one of its key that waits; None takes a deadman's away. What isn't `urgent` waits for the
@@ -838,13 +840,14 @@ def fault_of(error: BaseException) -> Fault:
     """What an error of the store comes from."""
     if isinstance(error, OSError):
         return Fault.PASSING if error.errno in PASSING_NUMBERS else Fault.OTHER
-    code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF  # the primary one
+    origin = getattr(error, "orig", error)
+    code = getattr(origin, "sqlite_errorcode", 0) & 0xFF  # the primary one
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return Fault.DAMAGE
     if code in PASSING_CODES:
         return Fault.PASSING
-    refused = isinstance(error, sa.exc.StatementError) and not isinstance(error, sa.exc.OperationalError)
-    return Fault.ROW if refused else Fault.OTHER
+    is_refused = isinstance(origin, sqlite3.Error) and not isinstance(origin, sqlite3.OperationalError)
+    return Fault.ROW if is_refused else Fault.OTHER
 
 
 def cause_of(error: BaseException) -> str:
@@ -1166,7 +1169,7 @@ class Database:
                 "PRAGMA foreign_keys = ON",
                 f"PRAGMA synchronous = {self._synchronous}",
                 # `sync` sees to the log; within a COMMIT only what it doesn't get to.
-                f"PRAGMA wal_autocheckpoint = {2 * limit_bytes // 4096}",
+                f"PRAGMA wal_autocheckpoint = {3 * limit_bytes // 4096}",
                 # Once written into the file the log is used again from its beginning, and cut to this: so it is longer only
                 # when it has grown since.
                 f"PRAGMA journal_size_limit = {limit_bytes - (64 << 10)}",
@@ -1265,8 +1268,8 @@ class Database:
             with self.transaction() as tables:
                 for statement, rows in batch.rows.items():
                     if rows:
-                        tables.executable.exec_driver_sql(statement, rows)
-        except sa.exc.StatementError as error:
+                        tables.executable.connection.dbapi_connection.executemany(statement, rows)
+        except sqlite3.Error as error:
             if fault_of(error) is not Fault.ROW:
                 raise
             self._commit_one_by_one(batch)
@@ -1277,8 +1280,8 @@ class Database:
         with self.transaction() as tables:
             for statement, row in [(statement, row) for statement, rows in batch.rows.items() for row in rows]:
                 try:
-                    tables.executable.exec_driver_sql(statement, row)
-                except sa.exc.StatementError as error:
+                    tables.executable.connection.dbapi_connection.execute(statement, row)
+                except sqlite3.Error as error:
                     if fault_of(error) is not Fault.ROW:
                         raise
                     table = statement.split()[2]  # INSERT INTO table, DELETE FROM table
@@ -2432,7 +2435,10 @@ class Dispatch:
 
     def _save(self, command: Command) -> None:
         """Have the file know a command as it is now, and tell of it."""
-        self._store.put("command_logs", command.command_id, command.row, command.size_bytes)
+        if command.completed_at is None:
+            self._store.put("command_logs", command.command_id, command.row, command.size_bytes)
+        else:  # its caller may wait for it
+            self._store.write_command(command.command_id, command.row, command.size_bytes)
         device_ids = command.recipients or command.named or command.answers
         self._events.tell("command", command.device_type, device_ids, command.record, of=command.command_id)
 
@@ -2690,7 +2696,8 @@ class DeviceSocket:
 
     CLOSE_TIMEOUT_S = 2.0  # for the board's echo, which the boards in the field send at once
     UNREAD_LIMIT_BYTES = 16 << 10  # a board that leaves this much unread doesn't read
-    TURN_FRAMES = 250  # at once, some 4 ms of them, one more for every 256 bytes; the boards in the field send 83 a second
+    # Some 4 ms of work, one more for every 256 bytes, in so short a time; the boards in the field send 83 a second.
+    TURN_FRAMES, TURN_S = 250, 0.1
 
     def __init__(self, gateway: Gateway, settings: Settings, request: web.Request) -> None:
         if request.transport is None:
@@ -2777,7 +2784,7 @@ class DeviceSocket:
 
     async def _receive(self) -> None:
         """Receive until the connection ends; after a `hang_up` until the echo, since answers on their way still count."""
-        frames = 0
+        frames, turn_s = 0, self.opened_s
         while True:
             frame = await self._socket.receive()
             self._heard_s, self._pinged_s = time.monotonic(), math.inf
@@ -2799,13 +2806,15 @@ class DeviceSocket:
                         reason = "a message was too big" if is_too_big else "the device broke the WebSocket protocol"
                         self._end(DISCONNECTED, frame.data.code, reason)
                     return
+            if self._heard_s - turn_s > self.TURN_S:
+                frames, turn_s = 0, self._heard_s
             frames += 1 + len(frame.data) // 256
             if frames >= self.TURN_FRAMES:
-                frames = 0
                 if self.device is None:
                     self.hang_up(WSCloseCode.POLICY_VIOLATION, "said too much before it registered")
                 self._transport.pause_reading()  # what waits, waits at the board
                 await self._gateway.take_turn()
+                frames, turn_s = 0, time.monotonic()
                 self._transport.resume_reading()
 
     def _take(self, frame: aiohttp.WSMessage) -> None:

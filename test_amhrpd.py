@@ -1222,24 +1222,19 @@ async def test_stop_that_fired_is_sent_again_until_it_has_arrived(database: Path
 @contextlib.contextmanager
 def committed() -> Iterator[list[list[str]]]:
     """The statements of each transaction that the daemon's writer commits meanwhile."""
-    transactions: list[list[str]] = [[]]
-
-    def note(connection: sa.Connection, *of_statement: Any) -> None:
-        if threading.current_thread().name.startswith("store-writer"):
-            transactions[-1].append(of_statement[1])
+    transactions: list[list[str]] = []
 
     def end(_: sa.Connection) -> None:
         if threading.current_thread().name.startswith("store-writer"):
-            transactions.append([])
+            transactions.append([each.sql for each in statements if each.thread.startswith("store-writer")])
+            statements.clear()
 
-    events: dict[str, Callable[..., None]] = {"before_cursor_execute": note, "commit": end}
-    for name, listener in events.items():
-        sa.event.listen(sa.Engine, name, listener)
-    try:
-        yield transactions
-    finally:
-        for name, listener in events.items():
-            sa.event.remove(sa.Engine, name, listener)
+    with executed() as statements:
+        sa.event.listen(sa.Engine, "commit", end)
+        try:
+            yield transactions
+        finally:
+            sa.event.remove(sa.Engine, "commit", end)
 
 
 @in_a_loop
@@ -2853,11 +2848,29 @@ def executed() -> Iterator[list[Executed]]:
     def note(connection: sa.Connection, cursor: Any, sql: str, *_: Any) -> None:
         statements.append(Executed(sql, threading.current_thread().name, cursor.connection))
 
+    traced: set[sqlite3.Connection] = set()
+
+    def trace(connection: sa.Connection) -> None:  # what is written goes past the engine
+        written = connection.connection.dbapi_connection
+        assert isinstance(written, sqlite3.Connection)
+        traced.add(written)
+
+        def note_row(sql: str) -> None:
+            if sql.startswith("INSERT") or "amhrpd_deadmen WHERE" in sql:
+                statements.append(Executed(sql, threading.current_thread().name, written))
+
+        written.set_trace_callback(note_row)
+
     sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    sa.event.listen(sa.Engine, "begin", trace)
     try:
         yield statements
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
+        sa.event.remove(sa.Engine, "begin", trace)
+        for connection in traced:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
+                connection.set_trace_callback(None)
 
 
 @in_a_loop
