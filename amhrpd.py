@@ -52,7 +52,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import stat
 import struct
 import sys
 import threading
@@ -89,6 +88,9 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("amhrpd")
 # ======================================================================================================================
 # Configuration
 # ======================================================================================================================
+
+
+AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 
 
 class ConfigError(Exception):
@@ -164,11 +166,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The file that `database_url` names."""
         return Path(self.database_url.removeprefix("sqlite:///"))
 
-    @classmethod
-    def load(cls, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
-        """The settings of `flags` (field name -> text, None where not given) and `environ`. Raises ConfigError."""
-        return cls(**read_settings(cls, flags, environ))
-
 
 def flag_of(field: str) -> str | None:
     """The flag of a setting. None for secrets: command lines are seen by everybody on the machine."""
@@ -181,9 +178,9 @@ def variable_of(field: str) -> str:
     return "DATABASE_URL" if field == "database_url" else "AMHRPD_" + field.removesuffix("_s").upper()
 
 
-def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What `environ` and `flags`, which win, set of `kind`'s fields; an empty text only for a token, and where it means none.
-    Raises ConfigError, also for a variable that is none of the gateway's: a misspelt token would leave the door open.
+def load_settings(kind: type[AnyStruct], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> AnyStruct:
+    """The settings of `environ` and `flags` (field name -> text or None), which win; an empty text counts only for a token, and
+    where it means none. Raises ConfigError, also for a variable that nobody knows: a misspelt token would leave the door open.
     """
     known = [variable_of(name) for name in Settings.__struct_fields__]
     for variable in sorted(environ):
@@ -203,7 +200,7 @@ def read_settings(kind: type[msgspec.Struct], flags: Mapping[str, str | None], e
             except msgspec.ValidationError:
                 shown = repr(text.strip()[:80]) if flag else "(hidden)"
                 raise ConfigError(f"{source} is {shown}: it must be {requirement(field.type)}") from None
-    return values
+    return kind(**values)
 
 
 @functools.cache
@@ -237,6 +234,8 @@ def from_text(given: str, kind: Any) -> Any:
     """What a setting or a query parameter, which are texts, stands for as a value of a type; where nothing, the text."""
     with contextlib.suppress(ValueError, OverflowError):
         match schema_of(kind):
+            case {"type": "integer" | "number"} if given.isdecimal():
+                return int(given)
             case {"type": "integer" | "number"} if math.isfinite(value := float(given)):
                 return int(value) if value.is_integer() else value
             case {"enum": _}:
@@ -397,7 +396,6 @@ json_decoder = msgspec.json.Decoder()
 board_decoder = msgspec.json.Decoder(AnyBoardMessage)
 to_json: Callable[[object], Json] = msgspec.json.Encoder().encode
 raw = msgspec.Raw  # JSON, to be put as it is into something that is encoded later
-AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 
 
 def decode_board_message(data: bytes) -> AnyBoardMessage:
@@ -430,9 +428,7 @@ def decode_board_message(data: bytes) -> AnyBoardMessage:
 
 
 def decode_command(query: Mapping[str, Any], body: bytes) -> CommandRequest:
-    """Make one request of what the query and the body of `POST /command` say, in both forms of the contract's section 6. Raises
-    GatewayError.
-    """
+    """One request of what the query and the body of `POST /command` say, in both forms (section 6). Raises GatewayError."""
     fields = dict(query)
     if isinstance(payload := query.get("payload"), str):
         fields["payload"] = decode_json(payload.encode(), "payload in the query")
@@ -470,9 +466,7 @@ def depth_of(data: bytes) -> int:
 
 
 def decode_json(data: bytes, name: str = "the message") -> Any:
-    """Decode any JSON, strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises GatewayError, which says of `name`
-    what is wrong.
-    """
+    """Decode JSON strictly: UTF-8, no NaN, no lone surrogates, no deep nesting. Raises GatewayError, saying of `name` what."""
     code, problem = Code.INVALID_MESSAGE, f"is nested deeper than {MAX_JSON_DEPTH} levels"
     try:
         data.decode()
@@ -613,9 +607,7 @@ Loaded = Mapping[TableName, list[Row]]
 
 
 def insertion(table: TableName) -> str:
-    """The statement that puts a row into a table, in a keyed one in place of that with its key. (dataset's own ways take twice
-    as long, and three statements.)
-    """
+    """The statement that puts a row into a table, in place of the one with its key. (dataset's own take two and three times.)"""
     columns = {column: kind for column, kind in COLUMNS[table].items() if column != "id"}
     marks = ["CAST(? AS TEXT)" if kind == "JSON" else "?" for kind in columns.values()]
     insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(marks)})"
@@ -792,7 +784,7 @@ def for_memory(table: TableName, row: Row) -> Row:
         found["connected_at"] = found["connected_at"] or found["last_heartbeat"] or utc_now()
         found["metadata_json"] = b"{}" if found["metadata_json"] in (None, b"null") else found["metadata_json"]
     elif table == "command_logs":
-        found["payload"] = found["payload"] or b"null"
+        found["payload"], found["target_device_count"] = found["payload"] or b"null", found["target_device_count"] or 0
         found["created_at"] = found["created_at"] or utc_now()
     return found
 
@@ -878,12 +870,10 @@ class DatabaseFile:
         return path.with_name(path.name + suffix)
 
     def lock(self) -> None:
-        """Have the file, created where there was none, for this process alone. Raises StartError where another gateway has it
-        or it is no regular file, OSError.
-        """
+        """Have the file, created where there was none, for this process alone. Raises StartError where it can't be, OSError."""
         self._lock_fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            if not stat.S_ISREG(os.fstat(self._lock_fd).st_mode):
+            if not self.path.is_file():
                 raise StartError(f"the database {self.path} is no regular file")
             # flock and SQLite's own locks don't see each other on Linux; the lock goes with the process.
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -980,14 +970,14 @@ class DiskSpace:
         self._made_s = -math.inf  # monotonic time of the latest
         self._text = f"the disk has too little room (--min-free-mb {min_free_bytes >> 20}): the oldest rows are deleted"
 
-    def is_short(self) -> bool:
-        """Whether the file system has too little free. Raises OSError."""
+    def is_short(self, wanted_bytes: int = 0) -> bool:
+        """Whether the file system has too little free, or would have with so much more. Raises OSError."""
         usage = shutil.disk_usage(self._folder)
-        return usage.free < min(self._min_free_bytes, usage.total // 2)
+        return usage.free - wanted_bytes < min(self._min_free_bytes, usage.total // 2)
 
     def keep_spare(self, size_bytes: int) -> None:
         """Hold a spare file, for when others fill the disk at once. Raises OSError."""
-        if self._min_free_bytes and not self._spare.exists() and not self.is_short():
+        if self._min_free_bytes and not self._spare.exists() and not self.is_short(size_bytes):
             with self._spare.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
 
@@ -1069,8 +1059,7 @@ def load_commands(tables: Any) -> Iterator[Row]:
 
 def newest_rows(tables: Any, table: TableName, limit: int, offset: int = 0, **wanted: Any) -> Iterator[Row]:
     """Rows of a history, newest first and then by rowid, without the first `offset`. `wanted`: columns with their values, times
-    `since` and `until` as stored, the key of a row that they come behind in this order, `before`; None is any. Raises
-    LookupError where there is no such row.
+    `since` and `until` as stored, `before`: the key of a row that they come behind; None is any. Raises LookupError without it.
     """
     time, _ = HISTORIES[table]
     values = {name: value for name, value in wanted.items() if value is not None}
@@ -1129,9 +1118,8 @@ class Database:
     # -- opening and closing -------------------------------------------------------------------------------------------
 
     def open(self, began: datetime, progress: Callable[[str], None]) -> Loaded:
-        """Open or create the file, end what the last run left open, as of when this one `began`, and load it. `progress` is
-        told what takes long, again and again. Raises StartError for a file that can't be used, STORE_ERRORS for what may be
-        over later.
+        """Open or create the file, end what the last run left open, as of when this one `began`, and load it. `progress` is told
+        what takes long. Raises StartError for a file that can't be used, STORE_ERRORS for what may be over later.
         """
         try:
             self.file.lock()
@@ -1150,7 +1138,8 @@ class Database:
             self._disconnect()
             self.file.unlock()
             fault = fault_of(error)
-            self.disk_space.give_spare()  # that a run left behind which was killed: the disk may be full
+            if fault is Fault.PASSING:
+                self.disk_space.give_spare()  # that a run left behind which was killed: the disk may be full
             if not isinstance(error, STORE_ERRORS) or fault is Fault.PASSING:
                 raise
             if fault is not Fault.DAMAGE or (damage := self.file.find_damage()) is None:
@@ -1546,8 +1535,8 @@ class Store:
 
     @property
     def is_writer_alive(self) -> bool:
-        """Whether the writer runs (it does while it waits for a disk that stalls)."""
-        return "write" in self._tasks and not self._tasks["write"].done()
+        """Whether what is put gets onto the card at last (it does while a disk stalls)."""
+        return not any(self._tasks[name].done() for name in ("write", "sync"))
 
     def problem(self) -> str | None:
         """Why nothing can be written, or brought to the card, now, if that is so."""
@@ -1731,9 +1720,7 @@ class Device:
     @classmethod
     def restore(cls, row: Row) -> Device:
         """A device of an earlier run, which is offline, from its row as memory takes it up (see `for_memory`)."""
-        names = ("device_id", "device_type", "connected_at", "last_heartbeat", "disconnected_at", "state", "state_timestamp")
-        values: Row = {name: row.get(name) for name in names}
-        return cls(metadata=row["metadata_json"], **values)
+        return cls(metadata=row["metadata_json"], **{name: row[name] for name in row.keys() - {"metadata_json", "is_online"}})
 
     @property
     def is_online(self) -> bool:
@@ -1774,10 +1761,7 @@ class Device:
         return record | {"timestamp": format_time(self.state_timestamp)}
 
 
-AnyEntry = TypeVar("AnyEntry", Device, "Command")
-
-
-def surplus(kept: Collection[AnyEntry], max_count: int, max_bytes: int) -> Iterator[AnyEntry]:
+def surplus(kept: Collection[Any], max_count: int, max_bytes: int) -> Iterator[Any]:
     """The first of some devices or commands, as many as are too many, or too large with the others."""
     count, size_bytes = len(kept), sum(each.size_bytes for each in kept)
     for each in list(kept):
@@ -1928,9 +1912,8 @@ class Command:
     @classmethod
     def restore(cls, row: Row, timeout_s: float) -> Command:
         """A command of an earlier run, from its row as memory takes it up (see `for_memory`)."""
-        names = ("command_id", "device_type", "command_name", "payload", "status", "created_at", "executed_at", "completed_at")
-        count, values = row["target_device_count"] or 0, {name: row[name] for name in names}
-        command = cls(timeout_s=timeout_s, target_device_count=count, recipients=None, **values)
+        values = {name: row[name] for name in row.keys() - {"response_data", "success_count"}}
+        command = cls(timeout_s=timeout_s, recipients=None, **values)
         with contextlib.suppress(msgspec.ValidationError):  # the earlier backend left there what it liked
             command.answers = msgspec.json.decode(row["response_data"] or b"{}", type=dict[str, msgspec.Raw])
         for device_id, answer in command.answers.items():
@@ -2145,7 +2128,7 @@ class Events:
             raise GatewayError(Code.STOPPING, "the gateway is going down")
         if len(self._listeners) >= self.MAX_LISTENERS:
             raise GatewayError(Code.RESOURCE_EXHAUSTED, f"{self.MAX_LISTENERS} listen already")
-        if not self._listeners:  # nobody was told what happened meanwhile
+        if not self._listeners and not self.observers:  # nobody was told what happened meanwhile
             self._last += 1
             self._ring.clear()
             self._ring_bytes = 0
@@ -2322,13 +2305,16 @@ class Dispatch:
 
     def arm(self, device: Device, deadman: ArmedDeadman | None) -> None:
         """Have a device's deadman in place of the one that it has; None disarms it."""
+        if deadman is not None or self._filed.get(device.device_id) is device.deadman:  # else that of a command in the line
+            self._file(device.device_id, deadman)
         device.deadman = deadman
-        self._file(device.device_id, deadman)
         tell_of(self._events, device)
 
     def meet(self, device: Device) -> None:
         """A device is here anew: the deadman that it had when it was forgotten, or the last run ended, is its own again."""
-        self.arm(device, device.deadman or self._filed.get(device.device_id))
+        filed = self._filed.get(device.device_id)
+        is_in_line = filed is not None and filed.armed_by != "" and filed.sent_s == -math.inf  # with a command yet to be sent
+        self.arm(device, device.deadman or (None if is_in_line else filed))
         if device.deadman is not None:
             self.fire_due()
 
@@ -2385,8 +2371,7 @@ class Dispatch:
     async def wait_for_answers(self, command: Command, timeout_s: float) -> None:
         """Return when the command is finished, the time is over, or the gateway stops."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await command.released.wait()
+            await asyncio.wait_for(command.released.wait(), timeout_s)
         written = self._store.write_command(command.command_id, command.row, command.size_bytes)
         await command.persist(written, self.PERSIST_TIMEOUT_S)  # what the caller is told of has to outlast a crash
 
@@ -2464,7 +2449,7 @@ class Gateway:
         self.registry = Registry(store)
         self.events = Events()
         self.dispatch = Dispatch(settings, store, self.registry, self.events)
-        self.is_stopping = False
+        self.is_stopping = self.is_restored = False
         self.connections: set[DeviceSocket] = set()  # each is put in by itself, and goes when it is over
         self._turn = asyncio.Lock()  # of boards that say much, one at a time
         self.messages: Counter[type[BoardMessage]] = Counter()  # of boards
@@ -2478,9 +2463,11 @@ class Gateway:
 
     def take_up(self, loaded: Loaded) -> None:
         """Know what a file has. Its devices are offline, but for those that came meanwhile."""
+        self.is_restored = True
         for row in reversed(loaded["devices"]):
             if self.registry.find(row["device_id"]) is None:
-                self.registry.know(Device.restore(row))
+                self.registry.know(device := Device.restore(row))
+                tell_of(self.events, device)  # where the file was opened late
         self.dispatch.take_up(loaded["command_logs"], loaded["amhrpd_deadmen"])
         if any(loaded.values()):
             log.info("restored", **{table: len(rows) for table, rows in loaded.items()})
@@ -2540,12 +2527,10 @@ class Gateway:
         try:
             async with asyncio.timeout(timeout_s):
                 for device_id in device_ids:
-                    row = (
-                        None
-                        if self.registry.find(device_id)
-                        else await self._store.row("devices", for_memory, device_id=device_id)
-                    )
-                    if device := self.registry.find(device_id) or (Device.restore(row) if row else None):
+                    device = self.registry.find(device_id)
+                    if device is None and (row := await self._store.row("devices", for_memory, device_id=device_id)):
+                        device = self.registry.find(device_id) or Device.restore(row)  # it may have come meanwhile
+                    if device is not None:
                         found[device_id] = device
         except TimeoutError:
             raise GatewayError(Code.STORE_UNAVAILABLE, "nobody can look now whether all of these were ever seen") from None
@@ -4031,9 +4016,8 @@ class RestApi:
         """`GET /devices`."""
         is_online = None if query.online is None else query.online == "true"
         devices = self._gateway.registry.matching(query.device_type, is_online=is_online)
-        if (
-            sum(device.size_bytes for device in devices) < Database.MAX_ANSWER_BYTES
-        ):  # it says its length: simple callers need it
+        is_short = sum(device.size_bytes for device in devices) < Database.MAX_ANSWER_BYTES
+        if is_short:  # then the answer says its length, which simple callers need
             return {"total": len(devices), "devices": [device.record() for device in devices]}
 
         async def parts() -> AsyncIterator[bytes]:
@@ -4507,7 +4491,7 @@ class Broker:
                 self._outbox.put_all()
             elif topic == f"{self._settings.mqtt_discovery}/status" and payload == b"online" and not is_retained:
                 asyncio.get_running_loop().call_later(random.uniform(*self.HOME_PAUSE_S), self._outbox.put_all)
-            elif topic.endswith("/info") and payload and is_retained and not self._notice:
+            elif topic.endswith("/info") and payload and is_retained and self._gateway.is_restored and not self._notice:
                 self._outbox.put(topic.split("/")[3])  # perhaps a ghost
 
     async def _obey(self, topic: str, payload: bytes, *, is_retained: bool) -> None:
@@ -4625,7 +4609,7 @@ class Repeats:
         key = hash((event["event"], about, str(event.get("type") or event.get("error_code"))))
         if key not in self._passed and len(self._passed) >= self.MAX_KEYS:
             if self._passed[oldest := next(iter(self._passed))][0] <= earliest_s:
-                del self._passed[oldest]
+                self._passed.pop(oldest, None)  # another thread may be here, too
             else:
                 key = hash(event["event"])
         passed_s, dropped = self._passed.pop(key, (-math.inf, 0))
@@ -4803,12 +4787,12 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
     exit_code = 1
     try:
         async with contextlib.AsyncExitStack() as way_out:  # each of its steps is taken, whatever became of the others
-            gateway.dispatch.start()
             await runner.setup()
             way_out.push_async_callback(runner.cleanup)  # answers that are under way end
             assert runner.server is not None
             connection = functools.partial(HttpConnection, runner.server, gateway, limit)
             listener = await listen(settings, connection, tls_options)
+            gateway.dispatch.start()
             if settings.mqtt_url:
                 way_out.push_async_callback(Broker(settings, gateway).stop)
             way_out.push_async_callback(gateway.stop)  # boards and listeners are logged off
@@ -5120,7 +5104,7 @@ class Parser(argparse.ArgumentParser):
 def _gateway(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, Any, int]]:
     parser = Parser("", Settings, f"Gateway for ESP32 boards: WebSocket for boards, REST for callers, SQLite.\n{USES}")
     parser.add_argument("--version", action="version", version=f"amhrpd {VERSION}")
-    settings = Settings.load(vars(parser.parse_args(words)), os.environ)
+    settings = load_settings(Settings, vars(parser.parse_args(words)), os.environ)
     configure_logging(settings.log_level, settings.log_format)
     # Full garbage collections are made rare, five times as rare as by default: one stops the loop for about half a microsecond
     # an object, 80 ms with 1,000 boards, measured on a server. What was imported lives for ever: nothing to look through.
@@ -5132,7 +5116,7 @@ def _gateway(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, A
 def _fleet(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, Any, int]]:
     parser = Parser("simulate", FleetPlan, f"Play a fleet of boards against a running gateway.\n{USES}")
     raise_open_files_limit()
-    plan = FleetPlan(**read_settings(FleetPlan, vars(parser.parse_args(words)), os.environ))
+    plan = load_settings(FleetPlan, vars(parser.parse_args(words)), os.environ)
     return Fleet(plan).play
 
 
