@@ -607,7 +607,7 @@ Loaded = Mapping[TableName, list[Row]]
 
 
 def insertion(table: TableName) -> str:
-    """The statement that puts a row into a table, in place of the one with its key. (dataset's own take two and three times.)"""
+    """The statement that puts a row into a table, in place of the one with its key. (dataset's own take twice as long.)"""
     columns = {column: kind for column, kind in COLUMNS[table].items() if column != "id"}
     marks = ["CAST(? AS TEXT)" if kind == "JSON" else "?" for kind in columns.values()]
     insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(marks)})"
@@ -1118,7 +1118,7 @@ class Database:
     # -- opening and closing -------------------------------------------------------------------------------------------
 
     def open(self, began: datetime, progress: Callable[[str], None]) -> Loaded:
-        """Open or create the file, end what the last run left open, as of when this one `began`, and load it. `progress` is told
+        """Open or create the file, end what the last run left open, as of when this one `began`, and load it. `progress` hears
         what takes long. Raises StartError for a file that can't be used, STORE_ERRORS for what may be over later.
         """
         try:
