@@ -1256,6 +1256,25 @@ async def test_deadmen_are_rows_and_cost_no_commit_of_their_own(database: Path) 
 
 
 @in_a_loop
+async def test_deadman_of_a_command_in_the_line_is_not_taken_for_an_armed_one(database: Path) -> None:
+    async with gateway_on(database) as client:
+        first = await client.wire("a")
+        with disk_that_stalls(database):
+            waiting = client.store.figures()["rows_waiting"]
+            ahead = asyncio.create_task(client.post("/command?device_type=none&command_name=x"))
+            await eventually(lambda: client.store.figures()["rows_waiting"] > waiting)
+            client.gateway.sweep(1.0)  # what is due is looked for behind that one, and before the next
+            waiting = client.store.figures()["rows_waiting"]
+            driven = asyncio.create_task(client.post("/command", driving(0.3, "a")))
+            await eventually(lambda: client.store.figures()["rows_waiting"] > waiting)
+            second = await client.wire("a")  # it comes anew meanwhile
+            await asyncio.gather(ahead, driven)
+        assert [await second.command() for _ in range(2)] == ["forward", "stop"]
+        await first.close()
+        await second.close()
+
+
+@in_a_loop
 async def test_listeners_hear_of_deadmen(database: Path) -> None:
     async with gateway_on(database) as client:
         wire = await client.wire("a")
