@@ -115,7 +115,7 @@ def text_like(pattern: str, title: str) -> Any:
 Token = Annotated[str, text_like(r"\A[!-9;-~]{8,512}\Z", "8 to 512 printable ASCII characters without space or colon")]
 ORIGINS_PATTERN = r"(?i)\A(\s*([a-z][a-z0-9+.-]*://[^\s/,]*/?\s*)?(,|\Z))*\Z"
 Origins = Annotated[str, text_like(ORIGINS_PATTERN, "scheme://host or scheme://host:port, with commas between")]
-SQLITE_URL_PATTERN = r"\Asqlite:///(?!:memory:)[^?\x00-\x1f]+\Z"
+SQLITE_URL_PATTERN = r"\Asqlite:///(?!:memory:)[^?\x00-\x1f]*[^?/\x00-\x1f]\Z"
 SqliteUrl = Annotated[str, text_like(SQLITE_URL_PATTERN, "sqlite:///relative.db or sqlite:////absolute/path.db: a file")]
 PORT_PATTERN = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 MQTT_URL_PATTERN = rf"\Amqtts?://([^\s/@:?#]+(:[^\s/@?#]*)?@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:{PORT_PATTERN})?/?\Z"
@@ -236,7 +236,7 @@ def from_text(given: str, kind: Any) -> Any:
         match schema_of(kind):
             case {"type": "integer" | "number"} if given.isdecimal():
                 return int(given)
-            case {"type": "integer" | "number"} if math.isfinite(value := float(given)):
+            case {"type": "integer" | "number"} if "_" not in given and math.isfinite(value := float(given)):
                 return int(value) if value.is_integer() else value
             case {"enum": _}:
                 return given.lower()
@@ -2822,12 +2822,10 @@ class DeviceSocket:
             self._said_s = self._heard_s  # wrong as it may be, it is no silence
 
     def _take_close(self, code: int | None) -> None:
-        """The board closes the connection, or echoes our own close frame: it has read all that was sent before."""
+        """The board closes the connection, or echoes our own close frame."""
         if not self._has_ended:
             self.send(server_frame(WSMsgType.CLOSE, struct.pack("!H", code or WSCloseCode.OK)))
             self._end(DISCONNECTED, code or 1005, "closed by the device")  # RFC 6455, section 7.1.5: it gave none
-        elif self.device is not None and self.fired is not None and self.fired is self.device.deadman:
-            self._gateway.dispatch.arm(self.device, None)
 
 
 # ======================================================================================================================
