@@ -2850,7 +2850,7 @@ PAGE = r"""<!doctype html>
 }
 * { box-sizing: border-box; margin: 0; padding: 0; } body { word-break: break-word; overflow-wrap: anywhere; }
 [hidden], p:empty, output:empty { display: none !important; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1rem; } ul { list-style: none; } a { color: var(--blue); }
+h1 { font-size: 1.4rem; outline: none; } h2 { font-size: 1rem; } ul { list-style: none; } a { color: var(--blue); }
 small, th, dt { color: var(--soft); font-weight: normal; }
 .good { color: var(--good); } .bad { color: var(--bad); } .odd { color: var(--odd); }
 button, .button, input, select, textarea {
