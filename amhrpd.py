@@ -2371,7 +2371,8 @@ class Dispatch:
     async def wait_for_answers(self, command: Command, timeout_s: float) -> None:
         """Return when the command is finished, the time is over, or the gateway stops."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(command.released.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # no task of its own: the row goes with the commit that was just called for
+                await command.released.wait()
         written = self._store.write_command(command.command_id, command.row, command.size_bytes)
         await command.persist(written, self.PERSIST_TIMEOUT_S)  # what the caller is told of has to outlast a crash
 
