@@ -1335,7 +1335,7 @@ class Writer:
 
     OPEN_PATIENCE_S = 5.0  # a start waits so long for a disk on which nothing gets on ...
     PROGRESS_PATIENCE_S = 600.0  # ... and so long for the next news of indexes that are made
-    RETRY_S = 0.5  # after a try that failed twice
+    RETRY_S = 0.5  # after a try that failed twice, or a sync
     STALLED_S = 1.0  # a write that takes longer holds up commands, which is what /health is about
     LOG_LOOK_S = 1.0  # where every commit syncs, and only the log is to be kept short
 
@@ -1438,10 +1438,10 @@ class Writer:
             await asyncio.sleep(pause_s)
 
     async def sync_forever(self) -> None:
-        """Have what was written on the card `sync_interval_s` later, and keep the log short."""
+        """Have what was written on the card `sync_interval_s` later, soon again where that failed; keep the log short."""
         while True:
             await self._has_written.wait()
-            await asyncio.sleep(self._sync_interval_s or self.LOG_LOOK_S)
+            await asyncio.sleep(self.RETRY_S if self.sync_failure else self._sync_interval_s or self.LOG_LOOK_S)
             self._has_written.clear()  # what is written from now on may be too late for this sync
             sync = functools.partial(self._database.sync, is_log_synced=self._sync_interval_s > 0)
             try:
@@ -2061,7 +2061,7 @@ class Listener:
 
 class Events:
     """What happens, for those who listen (contract, section 8): one ring of the latest events, each encoded once. A listener
-    has a place in the ring, and who falls out of it is cut off. While nobody listens nothing is kept.
+    has a place in the ring, and who falls out of it is cut off. While nobody listens or observes nothing is kept.
     """
 
     MAX_EVENTS = 1000

@@ -3816,7 +3816,7 @@ async def test_states_of_all_boards_take_turns(broker: Mosquitto, database: Path
             contextlib.AsyncExitStack() as stack,
         ):
             boards = [await stack.enter_async_context(client.board(f"esp_{n}")) for n in range(20)]
-            await asyncio.sleep(0.6)
+            await eventually(lambda: all(peer.last(f"amhrpd/gw/device/esp_{n}/info") for n in range(20)))
             peer.messages.clear()
 
             async def flood() -> None:
@@ -3964,7 +3964,7 @@ async def test_home_assistant_is_told_again_only_of_new_readings_and_when_it_is_
         before = len(peer.all(topic))
         await peer.publish("homeassistant/status", b"online")
         await eventually(lambda: len(peer.all(topic)) == before + 1)
-        assert len(peer.all("homeassistant/device/amhrpd_gw/config")) >= 2
+        await peer.more("homeassistant/device/amhrpd_gw/config", 1)
 
 
 @with_broker
@@ -5492,7 +5492,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def test_what_was_committed_is_synced_within_the_interval_and_nothing_else(database: Path, synced: list[str]) -> None:
     async with gateway_on(database, sync_interval_s=0.4) as client, client.board("a") as board:
         for _ in range(2):
-            await asyncio.sleep(0.6)  # longer than an interval: what was written is on the card
+            await eventually(lambda: "amhrpd.db-wal" in synced)  # what was written is on the card
             synced.clear()
             await asyncio.sleep(0.8)
             assert synced == []  # idle
@@ -5520,11 +5520,15 @@ async def test_nobody_syncs_what_every_commit_has_synced(database: Path, synced:
 
 @in_a_loop
 async def test_sync_that_fails_is_said_and_stops_no_command(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: int) -> None:
+    tries: list[int] = []
+
+    def fail(fd: int) -> None:
+        tries.append(fd)
         raise OSError(5, "Input/output error")
 
+    monkeypatch.setattr(amhrpd.Writer, "RETRY_S", 0.05)
     with logged() as events:
-        async with gateway_on(database, sync_interval_s=0.1) as client, client.board("a") as board:
+        async with gateway_on(database, sync_interval_s=1) as client, client.board("a") as board:
             with monkeypatch.context() as patch:
                 patch.setattr(os, "fdatasync", fail)
                 async with background(answer_commands(board)):
@@ -5534,7 +5538,7 @@ async def test_sync_that_fails_is_said_and_stops_no_command(database: Path, monk
                     answer = await client.post("/command?device_id=a&command_name=stop&wait=5")
                     assert (answer["status"], answer.get("persisted")) == ("ack_success", None)
                     assert (await client.get("/command-logs"))["total"] == 2
-                    await asyncio.sleep(1)
+                    await eventually(lambda: len(tries) >= 5, within_s=2)  # soon again, and not an interval later
                     assert await health_is(client, 503)
             await eventually(lambda: health_is(client, 200))
     assert len(named(events, "sync_failed")) == 1
