@@ -1,7 +1,7 @@
 """The contract as tests: the real daemon, real sockets, a real SQLite file.
 
-Most tests run `amhrpd.serve()` in their own event loop; where a process has to die, run out of disk or be watched, they
-start `amhrpd.py` as a user would. Boards are played with the `websockets` package, or with raw sockets where the wire itself
+Most tests run `amhrpd.serve()` in their own event loop; where a process has to die, run out of disk or be watched, the daemon
+is a process of its own, and where its start is what matters, `amhrpd.py` as a user starts it. Boards are played with the `websockets` package, or with raw sockets where the wire itself
 is what matters. Every test ends with a look for tasks, timers and threads that were left behind.
 """
 
@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -276,24 +277,53 @@ def database(tmp_path: Path) -> Path:
     return tmp_path / "amhrpd.db"
 
 
-class Process:
-    """`amhrpd.py` as a process of its own, with its log."""
+# Forks from a process that has everything imported: a start takes a twentieth of a second in place of a whole one.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
 
-    def __init__(self, database: Path, port: int, environ: dict[str, str], code: str | None = None) -> None:
+
+def run_daemon(code: str | None, is_fresh: bool, environ: dict[str, str], log_path: Path) -> None:
+    """What the new process does: become the daemon, or `code`, which starts it."""
+    os.environ.clear()
+    os.environ.update(environ)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    if is_fresh:
+        os.execv(sys.executable, [sys.executable, *([str(HERE / "amhrpd.py")] if code is None else ["-c", code])])
+    exec(code or "sys.exit(amhrpd.main([]))", {"amhrpd": amhrpd, "sys": sys})
+
+
+class Process:
+    """The daemon as a process of its own, with its log; `is_fresh`: `amhrpd.py` with an interpreter of its own, too."""
+
+    def __init__(
+        self, database: Path, port: int, environ: dict[str, str], code: str | None = None, *, is_fresh: bool = False
+    ) -> None:
         self.port = port
         self.log_path = database.with_suffix(f".{time.monotonic_ns()}.log")
+        self.log_path.touch()
         values = {"DATABASE_URL": f"sqlite:///{database}", "AMHRPD_PORT": str(port), "AMHRPD_HOST": "127.0.0.1"}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("AMHRPD_")}
-        with self.log_path.open("wb") as log:
-            program = [str(HERE / "amhrpd.py")] if code is None else ["-c", code]
-            self.popen = subprocess.Popen([sys.executable, *program], stdout=log, stderr=log, env=clean | values | environ)
+        self._process = FORKS.Process(target=run_daemon, args=(code, is_fresh, clean | values | environ, self.log_path))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, if it is still there."""
+        if self._process.is_alive():
+            os.kill(self.pid, number)
+
+    def is_running(self) -> bool:
+        return self._process.is_alive()
 
     @property
     def log(self) -> str:
         return self.log_path.read_text()
 
     async def answers(self) -> bool:
-        assert self.popen.poll() is None, self.log
+        assert self.is_running(), self.log
         try:
             async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{self.port}/health") as response:
                 return response.status in (200, 503)
@@ -301,23 +331,24 @@ class Process:
             return False
 
     async def exit_code(self) -> int:
-        await eventually(lambda: self.popen.poll() is not None, within_s=20)
-        assert self.popen.returncode is not None
-        return int(self.popen.returncode)
+        await eventually(lambda: not self.is_running(), within_s=20)
+        assert self._process.exitcode is not None
+        return self._process.exitcode
 
 
 @contextlib.asynccontextmanager
-async def process_on(database: Path, *, code: str | None = None, **environ: str) -> AsyncIterator[tuple[Process, Client]]:
+async def process_on(
+    database: Path, *, code: str | None = None, is_fresh: bool = False, **environ: str
+) -> AsyncIterator[tuple[Process, Client]]:
     """The daemon as a process (or `code`, which starts it) that answers; killed at the end if it is still there."""
-    process = Process(database, free_port(), environ, code)
+    process = Process(database, free_port(), environ, code, is_fresh=is_fresh)
     try:
         await eventually(process.answers)
         async with aiohttp.ClientSession() as session:
             yield process, Client(process.port, session, database)
     finally:
-        if process.popen.poll() is None:
-            process.popen.kill()
-        process.popen.wait()
+        process.send_signal(signal.SIGKILL)
+        await process.exit_code()
 
 
 def free_port() -> int:
@@ -1298,7 +1329,7 @@ async def test_armed_deadmen_are_sent_before_the_close_frames_of_a_stop(database
         heard: list[list[tuple[str, float]]] = [[] for _ in boards]
         listening = (commands_heard(board, list_) for board, list_ in zip(boards, heard, strict=True))
         async with background(*listening) as ends:
-            process.popen.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             await asyncio.wait(ends, timeout=PATIENCE_S)
         assert await process.exit_code() == 0
     assert [[name for name, _ in list_] for list_ in heard] == [["forward", "stop"]] * 19 + [[]]
@@ -1376,18 +1407,6 @@ while True:
 
 
 # Lives of the daemon one after the other, one for each line that is read, without the import of each.
-LIVES = f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import amhrpd
-while sys.stdin.readline():
-    if (pid := os.fork()) == 0:
-        sys.exit(amhrpd.main([]))
-    print(pid, flush=True)
-    os.waitpid(pid, 0)
-"""
-
-
 class Wheel:
     """A board that has no deadman of its own: it drives until it hears a stop, and connects again and again."""
 
@@ -1421,45 +1440,36 @@ async def test_gateway_that_is_killed_while_it_drives_20_boards(database: Path) 
     """At 20 random moments: every board that was driven has its stop within two seconds after it registered again."""
     chance = random.Random(5)
     port = free_port()
-    environ = {"DATABASE_URL": f"sqlite:///{database}", "AMHRPD_PORT": str(port), "AMHRPD_HOST": "127.0.0.1"}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     wheels = [Wheel(port, f"wheel_{number}") for number in range(20)]
-    lives = subprocess.Popen([sys.executable, "-c", LIVES], env=os.environ | environ, start_new_session=True, **pipes)
-    assert lives.stdin is not None
-    assert lives.stdout is not None
     driven = 0
-    try:
-        async with aiohttp.ClientSession() as session, background(*(wheel.live() for wheel in wheels)) as alive:
-            client = Client(port, session, database)
+    async with aiohttp.ClientSession() as session, background(*(wheel.live() for wheel in wheels)) as alive:
+        client = Client(port, session, database)
 
-            async def drive() -> None:
-                with contextlib.suppress(aiohttp.ClientError):
-                    while True:
-                        await client.post("/command", driving(1, *(wheel.device_id for wheel in wheels)))
+        async def drive() -> None:
+            with contextlib.suppress(aiohttp.ClientError):
+                while True:
+                    await client.post("/command", driving(1, *(wheel.device_id for wheel in wheels)))
 
-            for life in range(21):
-                lives.stdin.write(b"\n")
-                lives.stdin.flush()
-                pid = int(await asyncio.to_thread(lives.stdout.readline))
+        for life in range(21):
+            process = Process(database, port, {})
+            try:
                 await eventually(client.is_up)
                 await eventually(lambda: row_has(client, "/health", devices_online=20))
                 await eventually(lambda: not any(wheel.is_driving for wheel in wheels), within_s=2)
                 async with background(drive()):
                     if life < 20:
                         await asyncio.sleep(chance.uniform(0.01, 0.2))
-                        os.kill(pid, signal.SIGKILL)
+                        process.send_signal(signal.SIGKILL)
                         driven += sum(wheel.is_driving for wheel in wheels)
                     else:
                         await eventually(lambda: all(wheel.is_driving for wheel in wheels))
-                        os.kill(pid, signal.SIGTERM)
+                        process.send_signal(signal.SIGTERM)
                         await eventually(lambda: not any(wheel.is_driving for wheel in wheels))
-            lives.stdin.close()
-            await asyncio.to_thread(lives.wait)
-            assert not [task for task in alive if task.done()]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(lives.pid, signal.SIGKILL)
-        lives.wait()
+                        assert await process.exit_code() == 0
+            finally:
+                process.send_signal(signal.SIGKILL)
+                await process.exit_code()
+        assert not [task for task in alive if task.done()]
     assert driven > 100
     assert max(wheel.slowest_s for wheel in wheels) < 2
     assert armed(database) == []
@@ -1627,7 +1637,7 @@ async def test_device_that_is_forgotten_keeps_its_stop(database: Path) -> None:
                 async with client.board("a") as board:
                     assert (await hear(board, "command"))["command_name"] == "stop"
                     await eventually(lambda: is_disarmed(client, "a"))
-        process.popen.kill()
+        process.send_signal(signal.SIGKILL)
         await process.exit_code()
     async with gateway_on(database) as client, client.board("a") as board:
         assert (await hear(board, "command"))["command_name"] == "stop"
@@ -1647,7 +1657,7 @@ async def test_forgetting_that_is_cut_short_leaves_a_device_known_or_gone_whole(
         with contextlib.suppress(aiohttp.ClientError):
             async with background(client.ask("DELETE", "/devices/a")):
                 await eventually(lambda: rows_of(database, count)[0][0] < 2900)
-                process.popen.kill()
+                process.send_signal(signal.SIGKILL)
                 await process.exit_code()
     ((left,),) = rows_of(database, count)
     assert 0 < left < 2900
@@ -1895,15 +1905,15 @@ async def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(database
             await say(board, "heartbeat")
             await asyncio.sleep(0.1)
 
-    settings = {"AMHRPD_PING_INTERVAL": "0.6", "AMHRPD_HEARTBEAT_TIMEOUT": "0.9"}
+    settings: dict[str, Any] = {"AMHRPD_PING_INTERVAL": "0.6", "AMHRPD_HEARTBEAT_TIMEOUT": "0.9"}
     async with process_on(database, **settings) as (process, client), contextlib.AsyncExitStack() as stack:
         boards = [await stack.enter_async_context(client.board(f"b{number}")) for number in range(5)]
         async with background(*(beat(board) for board in boards)):
             await asyncio.sleep(0.3)
-            process.popen.send_signal(signal.SIGSTOP)
+            process.send_signal(signal.SIGSTOP)
             is_near.clear()
             await asyncio.sleep(1.5)
-            process.popen.send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGCONT)
             await asyncio.sleep(0.3)
             is_near.set()
             await asyncio.sleep(0.5)
@@ -1914,10 +1924,10 @@ async def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(database
 @in_a_loop
 async def test_registration_that_lay_in_a_gateway_that_stood_still_counts(database: Path) -> None:
     async with process_on(database, AMHRPD_REGISTRATION_TIMEOUT="1") as (process, client), client.board("late", None) as board:
-        process.popen.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         await say(board, "registration", device_type="ESP32")
         await asyncio.sleep(2)
-        process.popen.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         await eventually(lambda: client.is_online("late"))
         assert await client.events("late") == ["connected"]
 
@@ -2586,7 +2596,7 @@ async def test_figures_are_all_there_from_the_start(database: Path) -> None:
     hidden += "def veiled(file, *args, **kwargs):\n    if str(file) == '/proc/stat': raise FileNotFoundError(file)\n"
     hidden += "    return real(file, *args, **kwargs)\n"
     hidden += f"builtins.open = veiled; sys.path.insert(0, {str(HERE)!r}); import amhrpd; sys.exit(amhrpd.main([]))"
-    async with process_on(database, code=hidden) as (_, client):
+    async with process_on(database, code=hidden, is_fresh=True) as (_, client):
         found = await figures(client)
     assert {label for name, label in found if name == "amhrpd_refusals_total"} == {code.name for code in amhrpd.Code}
     assert {label for name, label in found if name == "amhrpd_messages_total"} == set(amhrpd.BOARD_MESSAGES)
@@ -3697,7 +3707,7 @@ async def test_a_stop_leaves_everybody_offline_and_tells_what_came_last(broker: 
 async def test_a_gateway_that_dies_is_offline_by_its_will(broker: Mosquitto, database: Path) -> None:
     async with process_on(database, AMHRPD_MQTT_URL=broker.url, AMHRPD_GATEWAY_ID="gw") as (process, _):
         await eventually(broker_has(broker, "amhrpd/gw/status", b"online"))
-        process.popen.kill()
+        process.send_signal(signal.SIGKILL)
         await eventually(broker_has(broker, "amhrpd/gw/status", b"offline"))
 
 
@@ -3763,7 +3773,7 @@ async def test_a_name_that_does_not_resolve_holds_up_no_stop(broker: Mosquitto, 
     )
     async with process_on(database, code=slow, AMHRPD_MQTT_URL="mqtt://broker.example") as (process, client):
         assert await is_away(client)
-        process.popen.terminate()
+        process.send_signal(signal.SIGTERM)
         began_s = time.monotonic()
         assert await process.exit_code() == 0
         assert time.monotonic() - began_s < 5
@@ -4082,11 +4092,11 @@ async def test_commands_that_waited_while_the_gateway_stood_still_are_refused(br
         client.board("esp_1") as board,
     ):
         await eventually(lambda: is_at(client))
-        process.popen.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         for number in range(3):
             await peer.publish("amhrpd/gw/device/esp_1/command", json.dumps({"command_name": "go", "transaction": number}))
         await asyncio.sleep(1.5)
-        process.popen.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         for number in range(3):
             assert "waited over 1 s" in (await peer.result(number, error_code="REQUEST_TIMEOUT"))["error"]
 
@@ -4109,9 +4119,12 @@ async def test_the_password_is_shown_to_nobody(broker: Mosquitto, database: Path
     )
     await guarded.start()
     try:
-        async with process_on(database, AMHRPD_MQTT_URL=guarded.url, AMHRPD_LOG_LEVEL="debug") as (process, client):
+        async with process_on(database, is_fresh=True, AMHRPD_MQTT_URL=guarded.url, AMHRPD_LOG_LEVEL="debug") as (
+            process,
+            client,
+        ):
             await eventually(lambda: is_at(client))
-            shown = Path(f"/proc/{process.popen.pid}/cmdline").read_text() + process.log + str(await client.get("/health"))
+            shown = Path(f"/proc/{process.pid}/cmdline").read_text() + process.log + str(await client.get("/health"))
         with logged() as events:
             async with gateway_on(database, mqtt_url=guarded.url.replace("eim@", "eim2@")) as client:
                 await eventually(lambda: says_of_mqtt(client, "ot authori"))
@@ -4389,13 +4402,13 @@ def test_flag_that_nobody_knows_is_one_line(capsys: pytest.CaptureFixture[str]) 
 
 @in_a_loop
 async def test_tokens_are_in_no_log(database: Path) -> None:
-    tokens = {"AMHRPD_API_TOKEN": "api-token-0815", "AMHRPD_DEVICE_TOKEN": "device-token-4711"}
+    tokens: dict[str, Any] = {"AMHRPD_API_TOKEN": "api-token-0815", "AMHRPD_DEVICE_TOKEN": "device-token-4711"}
     async with process_on(database, AMHRPD_LOG_LEVEL="debug", **tokens) as (process, client):
         await client.get("/devices", 401)
         await client.get("/devices", headers={"Authorization": "Bearer api-token-0815x"}, status=401)
         async with await connect(process.port, "a?token=device-token-4711") as board:
             await say(board, "registration", device_type="ESP32", note="device-token")
-        process.popen.terminate()
+        process.send_signal(signal.SIGTERM)
         assert await process.exit_code() == 0
         assert "listening" in process.log
         assert "api-token-0815" not in process.log
@@ -4440,10 +4453,10 @@ async def test_ready_comes_when_health_answers_and_stopping_comes_first(database
             async with gateway_on(database) as client:
                 port = client.port
             environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "600000"}
-            process = Process(database, port, environ)
+            process = Process(database, port, environ, is_fresh=True)
             try:
                 while "READY=1" not in systemd.listen():
-                    assert process.popen.poll() is None, process.log
+                    assert process.is_running(), process.log
                     await asyncio.sleep(0.005)
                 assert await process.answers()  # at the first try
                 client = Client(port, client.session, database)
@@ -4453,15 +4466,15 @@ async def test_ready_comes_when_health_answers_and_stopping_comes_first(database
                     await eventually(lambda text=wanted: systemd.heard_since(0, text))  # type: ignore[misc]
                     await eventually(lambda: systemd.heard_since(0, "WATCHDOG=1"))
                     count = len(systemd.listen())
-                    process.popen.terminate()
+                    process.send_signal(signal.SIGTERM)
                     assert await process.exit_code() == 0
                     rest = [
                         text for text in systemd.listen()[count:] if text != "WATCHDOG=1" and not text.startswith("STATUS=1")
                     ]
                     assert rest[0].startswith("STOPPING=1")
             finally:
-                process.popen.kill()
-                process.popen.wait()
+                process.send_signal(signal.SIGKILL)
+                await process.exit_code()
 
 
 @in_a_loop
@@ -4508,7 +4521,7 @@ def test_flood_of_events_is_a_line_a_minute_whatever_they_are_about() -> None:
 @in_a_loop
 async def test_what_repeats_itself_is_kept_small(database: Path) -> None:
     def resident_mb() -> float:
-        status = Path(f"/proc/{process.popen.pid}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()
         return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
 
     async with process_on(database) as (process, client), client.board("a") as board:
@@ -4703,7 +4716,7 @@ async def test_journal_lines_bear_their_priority_and_are_one_each(database: Path
             await say(board, "alert", device_type="ESP32", alert_type="collision", message='two\nlines "quoted" \x1b[31m')
             await eventually(lambda: "device_alert" in process.log)
         await client.get("/devices", 401)
-        process.popen.terminate()
+        process.send_signal(signal.SIGTERM)
         assert await process.exit_code() == 0
     lines = process.log.splitlines()
     assert all(re.match(r"<[346]>[a-z_]+( |$)", line) for line in lines), process.log
@@ -4758,7 +4771,7 @@ async def test_stop_under_load_loses_nothing(database: Path) -> None:
             await eventually(lambda: sent > 3000)
             last = await client.get("/devices")
             began_s = time.monotonic()
-            process.popen.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             assert await process.exit_code() == 0
             assert time.monotonic() - began_s < 8
         assert [await closed_with(board) for board in boards] == [1001] * 5
@@ -4844,7 +4857,7 @@ async def test_kill_9_loses_no_answered_command_and_only_young_telemetry(databas
         background(answer_commands(board), report(board), order(client)),
     ):
         await eventually(lambda: len(taken) > 100 and len(sent_s) > 500)
-        process.popen.kill()
+        process.send_signal(signal.SIGKILL)
         killed_s = time.monotonic()
         await process.exit_code()
     stored = {command_id for (command_id,) in rows_of(database, "SELECT command_id FROM command_logs")}
@@ -4865,7 +4878,7 @@ async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(databa
         await say(board, "status", payload={"n": 0})
         await eventually(lambda: state_is(client, "a", {"n": 0}))
         await client.get("/state-history/a")
-        unlimited = resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         for n in range(1, 200):
             await say(board, "status", payload={"n": n, "text": "x" * 500})
         await eventually(lambda: health_is(client, 503))
@@ -4881,7 +4894,7 @@ async def test_full_disk_stops_no_command_and_loses_nothing_of_what_waits(databa
         assert (await client.get("/state-history/a", 503))["error_code"] == "STORE_UNAVAILABLE"
         assert time.monotonic() - began_s < 5  # a tenth of it, and not the 20 s that it would have to wait for a slow disk
         assert await client.is_online("a")
-        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, unlimited)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
         await eventually(lambda: health_is(client, 200))
         states = (await client.get("/state-history/a?limit=1000"))["states"]
         assert [state["state_data"]["n"] for state in states] == list(range(199, -1, -1))
@@ -4936,14 +4949,14 @@ async def test_start_on_a_full_disk_serves_and_catches_up(database: Path, is_new
         leave(database)
     async with process_on(database, code=limit) as (process, client):
         no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        heal = functools.partial(resource.prlimit, process.popen.pid, resource.RLIMIT_FSIZE, no_limit)
+        heal = functools.partial(resource.prlimit, process.pid, resource.RLIMIT_FSIZE, no_limit)
         await serves_without_its_file(client, heal, [] if is_new else KNOWN)
-        process.popen.terminate()
+        process.send_signal(signal.SIGTERM)
         assert await process.exit_code() == 0
         assert (process.log.count("database_write_failed"), "Traceback" in process.log) == (1, False)
     async with process_on(database.with_name("none.db"), code=limit) as (process, client):
         began_s = time.monotonic()
-        process.popen.terminate()
+        process.send_signal(signal.SIGTERM)
         assert await process.exit_code() == 0  # nothing was lost
         assert time.monotonic() - began_s < 5
 
@@ -5064,8 +5077,8 @@ async def test_kills_at_any_moment_lose_no_answered_command(database: Path) -> N
                 count = len(taken)
                 await eventually(lambda count=count: len(taken) > count + 50)  # type: ignore[misc]
                 if moment == "stopping":
-                    process.popen.terminate()
-            process.popen.kill()
+                    process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGKILL)
             await process.exit_code()
     stored = {command_id for (command_id,) in rows_of(database, "SELECT command_id FROM command_logs")}
     assert len(taken) > 100
@@ -5398,7 +5411,10 @@ ssize_t pread64(int fd, void *buffer, size_t count, off64_t offset) {
 async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: Path) -> None:
     faults = tmp_path / "faults.on"
     await fill(database, 3000)
-    async with process_on(database, LD_PRELOAD=library_of(READ_ERRORS, tmp_path), FAULTS=str(faults)) as (process, client):
+    async with process_on(database, is_fresh=True, LD_PRELOAD=library_of(READ_ERRORS, tmp_path), FAULTS=str(faults)) as (
+        process,
+        client,
+    ):
         faults.touch()
         failed = 0
         for before_id in range(3000, 0, -30):
@@ -5407,7 +5423,7 @@ async def test_read_errors_move_no_file_that_is_whole(database: Path, tmp_path: 
         faults.unlink()
         await eventually(lambda: health_is(client, 200))
         assert (await client.get("/state-history/a?limit=1000"))["total"] == 1000
-        process.popen.terminate()
+        process.send_signal(signal.SIGTERM)
         assert await process.exit_code() == 0
         assert failed > 0, "no read failed"
     assert not list(tmp_path.glob("*.corrupt-*"))
@@ -5440,14 +5456,14 @@ int fdatasync(int fd) { wait(); return syscall(SYS_fdatasync, fd); }
 @in_a_loop
 async def test_stop_waits_for_no_thread_that_hangs_on_the_disk(database: Path, tmp_path: Path) -> None:
     faults = tmp_path / "faults.on"
-    environ = {"LD_PRELOAD": library_of(HANGING, tmp_path), "FAULTS": str(faults)}
+    environ: dict[str, Any] = {"is_fresh": True, "LD_PRELOAD": library_of(HANGING, tmp_path), "FAULTS": str(faults)}
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import amhrpd; amhrpd.STORE_CLOSE_TIMEOUT_S = 0.5; amhrpd.main([])"
     async with process_on(database, code=code, **environ) as (process, client):
         async with client.board("a") as board:
             faults.touch()
             await say(board, "status", payload={"a": 1})
             await eventually(lambda: health_is(client, 503))
-            process.popen.terminate()
+            process.send_signal(signal.SIGTERM)
             began_s = time.monotonic()
             assert await closed_with(board) == 1001
         assert await process.exit_code() == 1
@@ -5461,7 +5477,12 @@ async def test_stop_waits_for_no_thread_that_hangs_on_the_disk(database: Path, t
 @in_a_loop
 async def test_commands_wait_for_no_sync_of_a_card(database: Path, tmp_path: Path) -> None:
     faults = tmp_path / "faults.on"
-    environ = {"LD_PRELOAD": library_of(SLOW_SYNC, tmp_path), "FAULTS": str(faults), "AMHRPD_SYNC_INTERVAL": "0.2"}
+    environ: dict[str, Any] = {
+        "is_fresh": True,
+        "LD_PRELOAD": library_of(SLOW_SYNC, tmp_path),
+        "FAULTS": str(faults),
+        "AMHRPD_SYNC_INTERVAL": "0.2",
+    }
     async with process_on(database, **environ) as (process, client):
         async with client.board("a") as board, background(answer_commands(board)):
             faults.touch()
@@ -5473,7 +5494,7 @@ async def test_commands_wait_for_no_sync_of_a_card(database: Path, tmp_path: Pat
                 slowest_s = max(slowest_s, time.monotonic() - began_s)
                 await asyncio.sleep(0.02)
             assert slowest_s < 0.4
-        process.popen.kill()
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -5586,7 +5607,7 @@ async def test_start_takes_no_more_memory_than_the_run_before_it(database: Path)
     del commands, snapshots
     async with process_on(database) as (process, client):
         assert (await client.get("/devices/d0"))["metadata"] == {"text": "y" * 60_000}
-        status = Path(f"/proc/{process.popen.pid}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()
         peak_kb = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
         assert peak_kb < 200_000
         assert (await client.get("/command-logs?status=ack_timeout&limit=1"))["total"] == 1
@@ -5621,7 +5642,7 @@ async def test_what_is_older_than_keep_days_is_deleted(database: Path, monkeypat
 
 def written_bytes(process: Process) -> int:
     """What the process has handed to the kernel so far."""
-    return int(re.findall(r"wchar: (\d+)", Path(f"/proc/{process.popen.pid}/io").read_text())[0])
+    return int(re.findall(r"wchar: (\d+)", Path(f"/proc/{process.pid}/io").read_text())[0])
 
 
 @in_a_loop
@@ -5839,9 +5860,7 @@ async def test_50000_mutated_frames_beside_a_working_board(database: Path) -> No
     """No traceback, no lost command, no unreadable answer, and a flat memory line."""
 
     def resident_mb() -> float:
-        (line,) = [
-            line for line in Path(f"/proc/{process.popen.pid}/status").read_text().splitlines() if line.startswith("VmRSS")
-        ]
+        (line,) = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
         return int(line.split()[1]) / 1024
 
     async def attack(number: int, frames: Sequence[bytes]) -> None:
@@ -6158,7 +6177,7 @@ async def test_memory_for_what_boards_say_of_themselves_is_bounded(database: Pat
 
 
 def resident_mb(process: Process) -> float:
-    status = Path(f"/proc/{process.popen.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
 
@@ -6684,11 +6703,11 @@ async def test_tls_takes_little_memory_and_leaves_none_behind(database: Path, tm
                 await say(connection, "registration", device_type="ESP32")
 
             await board(0)
-            before_kb = memory_kb(process.popen.pid)
+            before_kb = memory_kb(process.pid)
             for number in range(1, 61):
                 await board(number)
-            assert (memory_kb(process.popen.pid) - before_kb) / 60 < 90
-            before_kb = memory_kb(process.popen.pid)
+            assert (memory_kb(process.pid) - before_kb) / 60 < 90
+            before_kb = memory_kb(process.pid)
             for _ in range(5):
                 silent = [connected_to(port) for _ in range(200)]
                 for number, connection in enumerate(silent):
@@ -6699,11 +6718,11 @@ async def test_tls_takes_little_memory_and_leaves_none_behind(database: Path, tm
                 assert all(await asyncio.gather(*map(is_closed, silent)))
                 for connection in silent:
                     connection.close()
-            assert memory_kb(process.popen.pid) - before_kb < 15_000
+            assert memory_kb(process.pid) - before_kb < 15_000
         assert "Traceback" not in process.log
     finally:
-        process.popen.kill()
-        process.popen.wait()
+        process.send_signal(signal.SIGKILL)
+        await process.exit_code()
 
 
 # ======================================================================================================================
@@ -6729,7 +6748,7 @@ async def test_1000_boards_connect_and_heartbeat_without_one_missed(database: Pa
         for wire in wires:
             wire.writer.transport.abort()
         await eventually(lambda: all_online(client, 0))
-        assert process.popen.poll() is None
+        assert process.is_running()
     counts = dict(rows_of(database, "SELECT event, count(*) FROM device_connection_logs GROUP BY event"))
     assert counts["connected"] == 1000
 
@@ -6787,7 +6806,7 @@ async def test_full_collections_are_rare_while_it_serves(database: Path) -> None
     code += "def show(code): print('at the end', gc.get_threshold()[2], gc.get_freeze_count(), flush=True); end(code)\n"
     code += "os._exit = show; amhrpd.main([])"
     async with process_on(database, code=code) as (process, _):
-        process.popen.terminate()
+        process.send_signal(signal.SIGTERM)
         assert await process.exit_code() == 0
     (found,) = re.findall(r"at the end (\d+) (\d+)", process.log)
     assert int(found[0]) == 5 * gc.get_threshold()[2]
@@ -7244,11 +7263,11 @@ async def test_page_is_live_only_while_it_hears_the_gateway(database: Path) -> N
         await say(board, "status", payload={"angle": 1})
         async with page_on(client) as page:
             await shows(page, ".card", "● online")
-            process.popen.send_signal(signal.SIGSTOP)
+            process.send_signal(signal.SIGSTOP)
             await shows(page, "#link", "No news from the gateway since ", within_s=14)
             await shows(page, ".old .card", "○ was online")
             assert (await page.title()).startswith("away")
-            process.popen.send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGCONT)
             await shows(page, "#link", "live · 1 of 1 board online", within_s=14)
             await say(board, "status", payload={"angle": 2})
             await shows(page, "body:not(.old) .card dd", "2")
@@ -7264,10 +7283,10 @@ async def test_page_knows_what_became_of_a_command_that_nobody_answered(database
         background(answer_commands(board)),
     ):
         await shows(page, "#link", "1 of 1 board online")
-        process.popen.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         await send_command(page, "turn")
         await shows(page, "#answer", "Nobody knows whether turn was sent: no answer in time")
-        process.popen.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         await shows(page, "#commands li", "✓ 1 board answered success")
         await shows(page, "#commands li", "turn → all boards")
         await eventually(lambda: is_empty(page, "#answer"))
@@ -7324,11 +7343,11 @@ async def test_stop_that_lay_in_a_gateway_that_stood_still_is_told_when_it_goes_
         background(answer_commands(board)),
     ):
         await shows(page, "#link", "1 of 1 board online")
-        process.popen.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         await page.get_by_role("button", name="Stop all boards").click()
         await shows(page, "#said", "STOP: no answer yet")
         await shows(page, "#said", "Nobody knows whether stop was sent")
-        process.popen.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         await shows(page, "#said", "✓ 1 board answered success")
         await shows(page, "#link", "live")
 
