@@ -986,18 +986,18 @@ class DiskSpace:
         with contextlib.suppress(OSError):
             self._spare.unlink(missing_ok=True)
 
-    def make(self, transaction: Callable[[], contextlib.AbstractContextManager[Any]], needed_bytes: int) -> None:
+    def make(self, transaction: Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]], needed_bytes: int) -> None:
         """Delete the oldest rows until so much fits into the file's free pages. Raises STORE_ERRORS."""
         for table, (_, may_go) in HISTORIES.items():
             oldest = f"SELECT rowid FROM {table} WHERE {may_go} ORDER BY rowid LIMIT {self.ROWS_AT_ONCE}"
             count = 1
             while count:
-                with transaction() as tables:
-                    (pages,) = tables.query("SELECT * FROM pragma_page_count, pragma_freelist_count, pragma_page_size")
-                    file_bytes, free_bytes = (pages[name] * pages["page_size"] for name in ("page_count", "freelist_count"))
-                    if file_bytes < self.SMALL_FILE_BYTES or free_bytes > needed_bytes + (128 << 10):
+                with transaction() as connection:
+                    found = connection.execute("SELECT * FROM pragma_page_size, pragma_page_count, pragma_freelist_count")
+                    page_bytes, pages, free_pages = found.fetchone()
+                    if pages * page_bytes < self.SMALL_FILE_BYTES or free_pages * page_bytes > needed_bytes + (128 << 10):
                         return
-                    count = tables.executable.exec_driver_sql(f"DELETE FROM {table} WHERE rowid IN ({oldest})").rowcount
+                    count = connection.execute(f"DELETE FROM {table} WHERE rowid IN ({oldest})").rowcount
                 if count and self.notice is None:
                     log.warning("oldest_rows_deleted", reason=self._text)
                     self._made_s = time.monotonic()
@@ -1224,15 +1224,15 @@ class Database:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Any]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
         """A transaction in the open file, for the writer's thread. Raises FileLostError, also for damage, STORE_ERRORS."""
         self.file.check_place()
         try:
             if self._writing is None:
                 self._writing = self._connect()
                 list(self._writing.query("PRAGMA wal_checkpoint(PASSIVE)"))  # on a full disk the log can be used again then
-            with self._writing as tables:
-                yield tables
+            with self._writing.executable.connection.dbapi_connection as connection:  # in half the time of dataset's own
+                yield connection
             self.file.check_place()  # else what was committed is not in the file that answers come from
         except BaseException as error:
             fault = fault_of(error)
@@ -1254,10 +1254,10 @@ class Database:
             self.disk_space.make(self.transaction, 6 * batch.size_bytes)  # with their indexes
         began_s = time.monotonic()
         try:
-            with self.transaction() as tables:
+            with self.transaction() as connection:
                 for statement, rows in batch.rows.items():
                     if rows:
-                        tables.executable.connection.dbapi_connection.executemany(statement, rows)
+                        connection.executemany(statement, rows)
         except sqlite3.Error as error:
             if fault_of(error) is not Fault.ROW:
                 raise
@@ -1266,10 +1266,10 @@ class Database:
 
     def _commit_one_by_one(self, batch: Batch) -> None:
         refused: list[str] = []
-        with self.transaction() as tables:
+        with self.transaction() as connection:
             for statement, row in [(statement, row) for statement, rows in batch.rows.items() for row in rows]:
                 try:
-                    tables.executable.connection.dbapi_connection.execute(statement, row)
+                    connection.execute(statement, row)
                 except sqlite3.Error as error:
                     if fault_of(error) is not Fault.ROW:
                         raise
@@ -1281,8 +1281,8 @@ class Database:
 
     def execute(self, statement: str, values: Sequence[Values]) -> int:
         """Do something for each of these values, in one transaction: to how many rows. Raises FileLostError, STORE_ERRORS."""
-        with self.transaction() as tables:
-            return int(tables.executable.exec_driver_sql(statement, values).rowcount)
+        with self.transaction() as connection:
+            return connection.executemany(statement, values).rowcount
 
     def look(self) -> None:
         """See that the file is in its place, and look at its size and what is free. Raises FileLostError, OSError."""

@@ -1,8 +1,9 @@
 """The contract as tests: the real daemon, real sockets, a real SQLite file.
 
 Most tests run `amhrpd.serve()` in their own event loop; where a process has to die, run out of disk or be watched, the daemon
-is a process of its own, and where its start is what matters, `amhrpd.py` as a user starts it. Boards are played with the `websockets` package, or with raw sockets where the wire itself
-is what matters. Every test ends with a look for tasks, timers and threads that were left behind.
+is a process of its own, and where its start is what matters, `amhrpd.py` as a user starts it. Boards are played with the
+`websockets` package, or with raw sockets where the wire itself is what matters. Every test ends with a look for tasks, timers
+and threads that were left behind.
 """
 
 from __future__ import annotations
@@ -1254,18 +1255,13 @@ async def test_stop_that_fired_is_sent_again_until_it_has_arrived(database: Path
 def committed() -> Iterator[list[list[str]]]:
     """The statements of each transaction that the daemon's writer commits meanwhile."""
     transactions: list[list[str]] = []
-
-    def end(_: sa.Connection) -> None:
-        if threading.current_thread().name.startswith("store-writer"):
-            transactions.append([each.sql for each in statements if each.thread.startswith("store-writer")])
-            statements.clear()
-
     with executed() as statements:
-        sa.event.listen(sa.Engine, "commit", end)
-        try:
-            yield transactions
-        finally:
-            sa.event.remove(sa.Engine, "commit", end)
+        yield transactions
+    written = [each.sql for each in statements if each.thread.startswith("store-writer")]
+    while "COMMIT" in written:
+        end = written.index("COMMIT")
+        transactions.append(written[:end])
+        del written[: end + 1]
 
 
 @in_a_loop
@@ -2871,35 +2867,29 @@ class Executed:
 
 @contextlib.contextmanager
 def executed() -> Iterator[list[Executed]]:
-    """What is given to SQLite meanwhile, by whatever engine."""
+    """What is given to SQLite meanwhile: questions, and what is written, rows included."""
     statements: list[Executed] = []
 
     def note(connection: sa.Connection, cursor: Any, sql: str, *_: Any) -> None:
         statements.append(Executed(sql, threading.current_thread().name, cursor.connection))
 
-    traced: set[sqlite3.Connection] = set()
+    @contextlib.contextmanager
+    def transaction(file: amhrpd.Database) -> Iterator[sqlite3.Connection]:
+        with real_transaction(file) as connection:
+            connection.set_trace_callback(
+                lambda sql: statements.append(Executed(sql, threading.current_thread().name, connection))
+            )
+            yield connection
+        connection.set_trace_callback(None)
 
-    def trace(connection: sa.Connection) -> None:  # what is written goes past the engine
-        written = connection.connection.dbapi_connection
-        assert isinstance(written, sqlite3.Connection)
-        traced.add(written)
-
-        def note_row(sql: str) -> None:
-            if sql.startswith("INSERT") or "amhrpd_deadmen WHERE" in sql:
-                statements.append(Executed(sql, threading.current_thread().name, written))
-
-        written.set_trace_callback(note_row)
-
+    real_transaction = amhrpd.Database.transaction
     sa.event.listen(sa.Engine, "before_cursor_execute", note)
-    sa.event.listen(sa.Engine, "begin", trace)
     try:
-        yield statements
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(amhrpd.Database, "transaction", transaction)
+            yield statements
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
-        sa.event.remove(sa.Engine, "begin", trace)
-        for connection in traced:
-            with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
-                connection.set_trace_callback(None)
 
 
 @in_a_loop
