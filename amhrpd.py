@@ -4637,6 +4637,7 @@ def configure_logging(level: str, log_format: str) -> LogLines:
         processors=[Repeats(), lines.admit, theirs.add_log_level, theirs.format_exc_info, _tame, *endings[log_format]],
         logger_factory=lambda *_: lines,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        cache_logger_on_first_use=True,  # else a line that isn't written costs as much as ten calls
     )
     logging.basicConfig(handlers=[lines], level=level.upper(), force=True)
     for library in ("asyncio", "aiohttp.websocket"):  # slow callbacks; subprotocols that boards offer

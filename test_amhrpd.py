@@ -369,6 +369,7 @@ def logged() -> Iterator[list[dict[str, Any]]]:
     root, config_before = logging.getLogger(), structlog.get_config()
     handlers_before = root.handlers[:]
     root.handlers.clear()
+    vars(amhrpd.log).pop("bind", None)  # which is cached at the first use, as it was configured then
     lines = amhrpd.configure_logging("debug", "json")
     structlog.get_config()["processors"].insert(-1, collect)
     try:
@@ -376,6 +377,7 @@ def logged() -> Iterator[list[dict[str, Any]]]:
     finally:
         lines.close()
         root.handlers[:] = handlers_before
+        vars(amhrpd.log).pop("bind", None)
         structlog.configure(**config_before)
 
 
