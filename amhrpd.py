@@ -824,7 +824,8 @@ class Fault(enum.Enum):
     OTHER = "anything else"
 
 
-PASSING_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+PASSING_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+PASSING_CODES |= {sqlite3.SQLITE_INTERRUPT}  # a stop, while an index is made
 PASSING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -893,7 +894,7 @@ class DatabaseFile:
                 return
         raise FileLostError(f"{self.path} was deleted, moved or replaced while it was in use")
 
-    def take_log_along(self) -> None:
+    def move_log_along(self) -> None:
         """Put the write-ahead log of a file that was moved beside it again, where it is now: the log has no name of its file
         in it, and SQLite would replay it over what lies at the path now. For the time before the connections close.
         """
@@ -1077,13 +1078,13 @@ def newest_rows(tables: Any, table: TableName, limit: int, offset: int = 0, **wa
     yield from tables.query(question, _step=20, limit=limit, offset=offset, **values)
 
 
-def old_rows(tables: Any, table: TableName, before: str, about: int) -> Iterator[Row]:
-    """The rowids (`number`) of rows from before a stored time that may go, `about` so many: the oldest of each device, so that
+def old_rows(tables: Any, table: TableName, before: str, count: int) -> Iterator[Row]:
+    """The rowids (`number`) of rows from before a stored time that may go, about `count`: the oldest of each device, so that
     together they lie side by side in the file.
     """
     time, may_go = HISTORIES[table]
     owners: list[Row] = [{}] if table == "command_logs" else list(tables.query("SELECT device_id FROM devices"))
-    limit = max(20, about // max(1, len(owners)))
+    limit = max(20, count // max(1, len(owners)))
     for owner in owners:
         of_owner = "device_id = :device_id AND" if owner else ""
         old = f"{of_owner} {time} < :before AND {may_go} ORDER BY {time} LIMIT {limit}"
@@ -1117,9 +1118,9 @@ class Database:
 
     # -- opening and closing -------------------------------------------------------------------------------------------
 
-    def open(self, began: datetime, progress: Callable[[str], None]) -> Loaded:
+    def open(self, began: datetime, progress: Callable[[str], bool]) -> Loaded:
         """Open or create the file, end what the last run left open, as of when this one `began`, and load it. `progress` hears
-        what takes long. Raises StartError for a file that can't be used, STORE_ERRORS for what may be over later.
+        what takes long, and may end it. Raises StartError for a file that can't be used, STORE_ERRORS for what may pass.
         """
         try:
             self.file.lock()
@@ -1179,7 +1180,7 @@ class Database:
             connected.close()
         self._writing = self._reading = None
 
-    def _create_tables(self, progress: Callable[[str], None]) -> None:
+    def _create_tables(self, progress: Callable[[str], bool]) -> None:
         """Create what is missing of the tables and their indexes; first drop indexes of an earlier backend or version."""
         with self._writing as tables:
             for table, columns in TABLES.items():
@@ -1210,7 +1211,7 @@ class Database:
             self.file.check_place()
             list(self._reading.query("PRAGMA wal_checkpoint(TRUNCATE)"))
         except FileLostError:
-            self.file.take_log_along()
+            self.file.move_log_along()
         except STORE_ERRORS as error:
             self._is_doubted |= fault_of(error) is Fault.DAMAGE
             raise
@@ -1284,7 +1285,7 @@ class Database:
         with self.transaction() as connection:
             return connection.executemany(statement, values).rowcount
 
-    def look(self) -> None:
+    def inspect(self) -> None:
         """See that the file is in its place, and look at its size and what is free. Raises FileLostError, OSError."""
         self.file.check_place()
         self.disk_space.keep_spare(3 * self._log_limit_bytes)  # to write the log into the file, and to delete rows
@@ -1356,9 +1357,9 @@ class Writer:
         self.is_lost = asyncio.Event()  # the file is gone or can't be used: the gateway ends
         self.sync_seconds = Durations("amhrpd_sync_seconds", "until what was committed is on the card")
 
-    async def try_to_open(self) -> None:
-        """Return once the file is open, or couldn't be opened, or the disk seems to stall."""
-        while not self._has_tried.is_set():
+    async def wait_for_open(self, stop: asyncio.Event) -> None:
+        """Return once the file is open, or couldn't be opened, or the disk seems to stall, or the gateway is to stop."""
+        while not (self._has_tried.is_set() or stop.is_set()):
             if time.monotonic() > self._patient_until_s:
                 log.error("database_open_stalled", path=str(self._database.file.path))
                 return
@@ -1382,9 +1383,10 @@ class Writer:
         """Open the file, and write until a stop, and then until nothing waits or its time is over."""
         loop = asyncio.get_running_loop()
 
-        def progress(text: str) -> None:
+        def progress(text: str) -> bool:
             self._patient_until_s = time.monotonic() + self.PROGRESS_PATIENCE_S
             loop.call_soon_threadsafe(on_progress, text)
+            return self.deadline_s < math.inf
 
         try:
             on_loaded(await self._insist(self._database.open, utc_now(), progress))
@@ -1488,14 +1490,14 @@ class Store:
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
-    async def open(self, on_loaded: Callable[[Loaded], None], on_progress: Callable[[str], None] = lambda text: None) -> None:
+    async def open(self, on_loaded: Callable[[Loaded], None], on_progress: Callable[[str], None], stop: asyncio.Event) -> None:
         """Open or create the file, and look after it from then on. `on_loaded` is told what it has, `on_progress` again and
         again what takes long. Raises StartError where it can't be used. A disk that is full, read-only or stalled is waited for
         while the gateway serves.
         """
         self._tasks["write"] = asyncio.create_task(self._writer.write_forever(on_loaded, on_progress))
         self._tasks["sync"] = asyncio.create_task(self._writer.sync_forever())
-        await self._writer.try_to_open()
+        await self._writer.wait_for_open(stop)
         if self.is_lost.is_set():
             await self._end()
             raise StartError(self._writer.failure)
@@ -1555,19 +1557,19 @@ class Store:
 
     # -- what is kept how long -----------------------------------------------------------------------------------------
 
-    def look_after_file(self) -> None:
+    def maintain(self) -> None:
         """For every second: see that the file is in its place, look at its size, delete what is too old; one at a time."""
         if self._writer.is_open and ("tidy" not in self._tasks or self._tasks["tidy"].done()):
             self._tasks["tidy"] = asyncio.create_task(self._tidy())
 
     async def _tidy(self) -> None:
         try:
-            await self._run(self._database.look)
+            await self._run(self._database.inspect)
             if self._keep_days and time.monotonic() > self._tidied_s + self.TIDY_INTERVAL_S:
                 self._tidied_s = time.monotonic()
                 before = stored_time(utc_now() - timedelta(days=self._keep_days)) or ""
                 for table in HISTORIES:
-                    find = functools.partial(old_rows, table=table, before=before, about=self.ROWS_FOUND_AT_ONCE)
+                    find = functools.partial(old_rows, table=table, before=before, count=self.ROWS_FOUND_AT_ONCE)
                     if deleted := await self._delete(table, find):
                         log.info("old_rows_deleted", table=table, rows=deleted, before=before)
         except FileLostError as error:
@@ -1629,7 +1631,7 @@ class Store:
         is_put = self._backlog.put("command_logs", command_id, row, size_bytes)
         return self._backlog.join(behind_telemetry=False) if is_put and not self._writer.problem() else None
 
-    async def catch_up(self) -> None:
+    async def wait_while_congested(self) -> None:
         """Wait, a second at the most, where much telemetry waits: for those who send so much."""
         if self._backlog.is_congested:
             await asyncio.wait((self._backlog.join(behind_telemetry=True),), timeout=1.0)
@@ -1761,7 +1763,10 @@ class Device:
         return record | {"timestamp": format_time(self.state_timestamp)}
 
 
-def surplus(kept: Collection[Any], max_count: int, max_bytes: int) -> Iterator[Any]:
+Kept = TypeVar("Kept", "Device", "Command")
+
+
+def surplus(kept: Collection[Kept], max_count: int, max_bytes: int) -> Iterator[Kept]:
     """The first of some devices or commands, as many as are too many, or too large with the others."""
     count, size_bytes = len(kept), sum(each.size_bytes for each in kept)
     for each in list(kept):
@@ -2276,7 +2281,7 @@ class Dispatch:
                 continue
             command.recipients.add(device.device_id)
             if deadman is not None:
-                self.arm(device, deadman)
+                self.set_deadman(device, deadman)
             elif fired is not None:
                 connection.fired = fired
                 tell_of(self._events, device)
@@ -2303,7 +2308,7 @@ class Dispatch:
             self._filed[device_id] = deadman
             self._store.put("amhrpd_deadmen", device_id, lambda: (device_id, deadman.command_name, deadman.payload))
 
-    def arm(self, device: Device, deadman: ArmedDeadman | None) -> None:
+    def set_deadman(self, device: Device, deadman: ArmedDeadman | None) -> None:
         """Have a device's deadman in place of the one that it has; None disarms it."""
         if deadman is not None or self._filed.get(device.device_id) is device.deadman:  # else that of a command in the line
             self._file(device.device_id, deadman)
@@ -2314,7 +2319,7 @@ class Dispatch:
         """A device is here anew: the deadman that it had when it was forgotten, or the last run ended, is its own again."""
         filed = self._filed.get(device.device_id)
         is_in_line = filed is not None and filed.armed_by != "" and filed.sent_s == -math.inf  # with a command yet to be sent
-        self.arm(device, device.deadman or (None if is_in_line else filed))
+        self.set_deadman(device, device.deadman or (None if is_in_line else filed))
         if device.deadman is not None:
             self.fire_due()
 
@@ -2349,7 +2354,7 @@ class Dispatch:
 
     # -- answers and their end -----------------------------------------------------------------------------------------
 
-    def take_up(self, commands: Iterable[Row], deadmen: Iterable[Row]) -> None:
+    def restore(self, commands: Iterable[Row], deadmen: Iterable[Row]) -> None:
         """Know the commands of an earlier run, of which the open ones are open again, for the default timeout, and what it
         left armed, which is due as soon as its device is online.
         """
@@ -2399,7 +2404,7 @@ class Dispatch:
         if command is None or not command.may_be_answered_by(device):
             return None
         if deadman is not None and command.command_name == deadman.command_name and command.sent_s > deadman.sent_s:
-            self.arm(device, None)
+            self.set_deadman(device, None)
         return command
 
     def _await_answers(self, command: Command) -> None:
@@ -2462,14 +2467,14 @@ class Gateway:
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
-    def take_up(self, loaded: Loaded) -> None:
+    def restore(self, loaded: Loaded) -> None:
         """Know what a file has. Its devices are offline, but for those that came meanwhile."""
         self.is_restored = True
         for row in reversed(loaded["devices"]):
             if self.registry.find(row["device_id"]) is None:
                 self.registry.know(device := Device.restore(row))
                 tell_of(self.events, device)  # where the file was opened late
-        self.dispatch.take_up(loaded["command_logs"], loaded["amhrpd_deadmen"])
+        self.dispatch.restore(loaded["command_logs"], loaded["amhrpd_deadmen"])
         if any(loaded.values()):
             log.info("restored", **{table: len(rows) for table, rows in loaded.items()})
 
@@ -2503,7 +2508,7 @@ class Gateway:
         if request.device_id is None:
             device_type = request.device_type or EVERY_TYPE
             return device_type, self.registry.matching(None if device_type == EVERY_TYPE else device_type, is_online=True)
-        devices = await self.look_up(*request.device_id, timeout_s=Dispatch.PERSIST_TIMEOUT_S)  # who sends a stop waits
+        devices = await self.find_devices(*request.device_id, timeout_s=Dispatch.PERSIST_TIMEOUT_S)  # who sends a stop waits
         for device in devices:
             if request.device_type not in (None, EVERY_TYPE, device.device_type):
                 problem = f"device_type: device {device.device_id!r} is of type {device.device_type!r}"
@@ -2522,7 +2527,7 @@ class Gateway:
         types = [f"{name} ({online[name]} online)" for name in sorted({device.device_type for device in devices})]
         return f"no device of type {request.device_type} is online; types known: {', '.join(types[:50]) or 'none yet'}"
 
-    async def look_up(self, *device_ids: str, timeout_s: float | None = None) -> list[Device]:
+    async def find_devices(self, *device_ids: str, timeout_s: float | None = None) -> list[Device]:
         """The devices, each once, from the file where they aren't in memory. Raises DEVICE_NOT_FOUND, STORE_UNAVAILABLE."""
         found: dict[str, Device] = {}
         try:
@@ -2543,7 +2548,7 @@ class Gateway:
         """Forget a device, its snapshots and its connection history: how many of each. Its deadman stays. One that comes back
         meanwhile is simply new. Raises DEVICE_NOT_FOUND, DEVICE_ONLINE, STORE_UNAVAILABLE.
         """
-        (device,) = await self.look_up(device_id)
+        (device,) = await self.find_devices(device_id)
         if device.is_online:
             raise GatewayError(Code.DEVICE_ONLINE, f"device {device_id!r} is online; only one that is offline can be deleted")
         self.registry.forget(device)
@@ -2563,11 +2568,11 @@ class Gateway:
 
     # -- what boards say -----------------------------------------------------------------------------------------------
 
-    async def take_turn(self) -> None:
+    async def wait_for_turn(self) -> None:
         """Wait until the boards that say much and came before have had their turns, and the store keeps up with them."""
         async with self._turn:
             await asyncio.sleep(self.TURN_PAUSE_S)
-        await self._store.catch_up()
+        await self._store.wait_while_congested()
 
     def handle(self, connection: DeviceSocket, message: AnyBoardMessage) -> None:
         """A board says something: the first message that bears a type registers it. Raises GatewayError."""
@@ -2577,13 +2582,13 @@ class Gateway:
         now = utc_now()  # once a message: on some machines the clock takes longer than the rest
         match message:
             case Status():
-                self._take_status(device, message, now)
+                self._handle_status(device, message, now)
             case CommandAck():
                 self.dispatch.acknowledge(device, message)
             case Alert():
-                self._take_alert(device, now, "alert", message.alert_type, message.message)
+                self._handle_alert(device, now, "alert", message.alert_type, message.message)
             case ErrorReport():
-                self._take_alert(device, now, "error", str(message.error_code), message.error_message, message.context)
+                self._handle_alert(device, now, "error", str(message.error_code), message.error_message, message.context)
         device.last_heartbeat = now
         self.messages[type(message)] += 1
 
@@ -2600,14 +2605,14 @@ class Gateway:
         self.dispatch.meet(device)
         return device
 
-    def _take_status(self, device: Device, message: Status, now: datetime) -> None:
+    def _handle_status(self, device: Device, message: Status, now: datetime) -> None:
         state = device.state = to_json(message.payload)
         device.state_timestamp = now
         row = (device.device_id, device.device_type, state, stored_time(now))
         self._store.put_telemetry("device_state_snapshots", row, state)
         self.events.tell("state", device.device_type, (device.device_id,), device.state_record, of=device.device_id)
 
-    def _take_alert(self, device: Device, now: datetime, kind: str, of_type: str, text: str, context: object = None) -> None:
+    def _handle_alert(self, device: Device, now: datetime, kind: str, of_type: str, text: str, context: object = None) -> None:
         """A board says what a person should know."""
         device.alert = {"kind": kind, "type": of_type[:200], "message": text[:1000], "timestamp": format_time(now)}
         record = {"device_id": device.device_id, "device_type": device.device_type, **device.alert}
@@ -2629,7 +2634,7 @@ class Gateway:
         self.loop_late_s.observe(late_s)
         self._swept_s = now_s
         for connection in list(self.connections):
-            connection.look_after(now_s, stood_still=late_s > interval_s)
+            connection.check_liveness(now_s, stood_still=late_s > interval_s)
         if now_s - self._saved_s >= self.ACTIVITY_SAVE_INTERVAL_S:
             self._saved_s = now_s
             for device in self.registry.matching(is_online=True):
@@ -2750,7 +2755,7 @@ class DeviceSocket:
             self._has_ended = True
             self._gateway.went_away(self, event, code, reason)
 
-    def look_after(self, now_s: float, *, stood_still: bool) -> None:
+    def check_liveness(self, now_s: float, *, stood_still: bool) -> None:
         """Ping the board, or hang up on it where it is silent for too long; it isn't where nobody listened to it."""
         if self._has_ended or self._transport.is_closing():
             return
@@ -2776,7 +2781,7 @@ class DeviceSocket:
             self._heard_s, self._pinged_s = time.monotonic(), math.inf
             match frame.type:
                 case WSMsgType.TEXT | WSMsgType.BINARY:
-                    self._take(frame)
+                    self._handle(frame)
                 case WSMsgType.PING:
                     self.send(server_frame(WSMsgType.PONG, frame.data))
                 case WSMsgType.PONG:
@@ -2784,7 +2789,7 @@ class DeviceSocket:
                         self._gateway.dispatch.note_arrival(self.device, bytes(frame.data).decode("ascii", "replace"))
                         self.device.last_heartbeat = self.device.last_heartbeat if self._has_ended else utc_now()
                 case WSMsgType.CLOSE:
-                    self._take_close(frame.data)
+                    self._handle_close(frame.data)
                     return
                 case _:
                     if isinstance(frame.data, WebSocketError):
@@ -2799,11 +2804,11 @@ class DeviceSocket:
                 if self.device is None:
                     self.hang_up(WSCloseCode.POLICY_VIOLATION, "said too much before it registered")
                 self._transport.pause_reading()  # what waits, waits at the board
-                await self._gateway.take_turn()
+                await self._gateway.wait_for_turn()
                 frames, turn_s = 0, time.monotonic()
                 self._transport.resume_reading()
 
-    def _take(self, frame: aiohttp.WSMessage) -> None:
+    def _handle(self, frame: aiohttp.WSMessage) -> None:
         try:
             if frame.type is WSMsgType.BINARY:
                 raise GatewayError(Code.INVALID_MESSAGE, "binary frame: messages are JSON objects in text frames")
@@ -2822,7 +2827,7 @@ class DeviceSocket:
         if self.device is not None:
             self._said_s = self._heard_s  # wrong as it may be, it is no silence
 
-    def _take_close(self, code: int | None) -> None:
+    def _handle_close(self, code: int | None) -> None:
         """The board closes the connection, or echoes our own close frame."""
         if not self._has_ended:
             self.send(server_frame(WSMsgType.CLOSE, struct.pack("!H", code or WSCloseCode.OK)))
@@ -4029,7 +4034,7 @@ class RestApi:
 
     async def device(self, request: web.Request, query: NoQuery) -> object:
         """`GET /devices/{device_id}`."""
-        (device,) = await self._gateway.look_up(request.match_info["device_id"])
+        (device,) = await self._gateway.find_devices(request.match_info["device_id"])
         return device.record()
 
     async def delete_device(self, request: web.Request, query: NoQuery) -> object:
@@ -4052,7 +4057,7 @@ class RestApi:
         """`GET /state-history/{device_id}`, `GET /device-connection-history/{device_id}`, `GET /command-logs`."""
         of: Row = dict(request.match_info)
         if of:
-            await self._gateway.look_up(of["device_id"])
+            await self._gateway.find_devices(of["device_id"])
         read: Callable[..., Awaitable[list[Row]]] = functools.partial(self._store.history, query.table, **of)
         rows = await read(min(query.limit, CSV_PAGE_ROWS), **query.filters())
         to_come = 0 if query.format == "json" else query.limit - len(rows)
@@ -4523,7 +4528,7 @@ class Broker:
 
 RESERVED_FILES = 100  # of those the process may have open: for the database, the log, and what Python itself needs
 ACCEPTED_AT_ONCE = 8  # in a turn of the loop: their handshakes take it some 5 ms, then commands have theirs
-BACKLOG = 1024  # connections that wait to be let in, a fleet after a power cut; the kernel caps it at net.core.somaxconn
+LISTEN_BACKLOG = 1024  # connections that wait to be let in, a fleet after a power cut; the kernel caps it at net.core.somaxconn
 LISTEN_TIMEOUT_S = 10.0  # for the look-up of a name
 TLS_HANDSHAKE_TIMEOUT_S = 5.0  # an ESP32 takes one to three
 HANDLERS_TIMEOUT_S = 3.0  # at a stop, for answers that are under way
@@ -4713,7 +4718,7 @@ async def listen(settings: Settings, connection: Callable[[], HttpConnection], t
             listener = await loop.create_server(connection, host, port, backlog=ACCEPTED_AT_ONCE, **tls)
         for accepting in listener.sockets:
             with accepting.dup() as waiting:
-                waiting.listen(BACKLOG)  # asyncio has one number for both: with 1,024 for both 5,000 boards took 20 s
+                waiting.listen(LISTEN_BACKLOG)  # asyncio has one number for both: with 1,024 for both 5,000 boards took 20 s
         return listener
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0  # a resolver's are negative
@@ -4758,7 +4763,7 @@ def build_app(settings: Settings) -> web.Application:
     return app
 
 
-async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop: asyncio.Event) -> None:
+async def do_what_is_due(gateway: Gateway, store: Store, urls: Callable[[], str], stop: asyncio.Event) -> None:
     """Do what is due regularly until `stop` is set. The watchdog's ping comes from here, so it shows that the loop turns.
     Raises STORE_UNAVAILABLE where the database's file is not what it was.
     """
@@ -4768,7 +4773,7 @@ async def keep_up(gateway: Gateway, store: Store, urls: Callable[[], str], stop:
         if store.is_lost.is_set():
             raise GatewayError(Code.STORE_UNAVAILABLE, "the database's file is not what it was")
         gateway.sweep(interval_s)
-        store.look_after_file()
+        store.maintain()
         health = gateway.health()
         notify(f"STATUS={health['devices_online']} devices online, {health['open_commands']} open commands; open {urls()}")
         if store.is_writer_alive:
@@ -4783,7 +4788,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
     app = build_app(settings)
     gateway, store = app[GATEWAY], app[STORE]
     runner = web.AppRunner(app, shutdown_timeout=HANDLERS_TIMEOUT_S)
-    await store.open(gateway.take_up, tell_progress)
+    await store.open(gateway.restore, tell_progress, stop)
     exit_code = 1
     try:
         async with contextlib.AsyncExitStack() as way_out:  # each of its steps is taken, whatever became of the others
@@ -4804,7 +4809,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
             log.info("listening", open=urls(), address=settings.host, database=str(settings.database_path.absolute()))
             notify("READY=1")
             on_ready(port)
-            await keep_up(gateway, store, urls, stop)
+            await do_what_is_due(gateway, store, urls, stop)
         exit_code = 0
     except StartError:
         raise
