@@ -73,6 +73,7 @@ import sqlalchemy as sa
 import structlog
 import websockets
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.typedefs import Handler
 from aiohttp_sse import sse_response
@@ -91,6 +92,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("amhrpd")
 
 
 AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
+Kept = TypeVar("Kept", "Device", "Command")
 
 
 class ConfigError(Exception):
@@ -540,8 +542,7 @@ RowNow = Callable[[], Values]
 """What makes a row as it is when its turn to be written comes."""
 TableName = Literal["devices", "device_state_snapshots", "command_logs", "device_connection_logs", "amhrpd_deadmen"]
 
-# The tables of the databases in the field, and one of the gateway's own (contract, section 7). SQLite keeps DATETIME and JSON
-# as text.
+# The tables of the databases in the field, and one of our own (contract, section 7). SQLite keeps DATETIME and JSON as text.
 TABLES: Mapping[TableName, str] = {
     "devices": """device_id VARCHAR(255) NOT NULL PRIMARY KEY, device_type VARCHAR(50) NOT NULL, is_online BOOLEAN NOT NULL,
         last_heartbeat DATETIME, connected_at DATETIME NOT NULL, disconnected_at DATETIME, metadata_json JSON NOT NULL""",
@@ -562,8 +563,7 @@ COLUMNS = {table: {part.split()[0]: part.split()[1] for part in text.split(",")}
 """Table -> column -> type."""
 
 
-# A table that grows -> the column with the time of a row, and the condition that a row may go; in the order in which they make
-# room.
+# A table that grows -> the column with a row's time, and the condition that it may go. What stands first makes room first.
 HISTORIES: Mapping[TableName, tuple[str, str]] = {
     "device_state_snapshots": ("timestamp", "true"),
     "device_connection_logs": ("timestamp", "true"),
@@ -1094,8 +1094,7 @@ def old_rows(tables: Any, table: TableName, before: str, count: int) -> Iterator
 
 class Database:
     """The tables, through `dataset`. Blocks on the disk. `read` belongs to the readers' threads, `sync` to the card's, all else
-    to the writer's. A write that failed leaves a connection behind that may hold a lock for good: it is closed, and the next
-    write has a new one.
+    to the writer's. A write that failed may leave a lock behind: its connection is closed, and the next write has a new one.
     """
 
     PROGRESS_STEPS = 10_000_000  # of SQLite's between two news of an index that is being made: some seconds
@@ -1160,8 +1159,7 @@ class Database:
                 f"PRAGMA synchronous = {self._synchronous}",
                 # `sync` sees to the log; within a COMMIT only what it doesn't get to.
                 f"PRAGMA wal_autocheckpoint = {3 * limit_bytes // 4096}",
-                # Once written into the file the log is used again from its beginning, and cut to this: so it is longer only
-                # when it has grown since.
+                # Once written into the file the log begins anew and is cut to this: longer it is only if it has grown since.
                 f"PRAGMA journal_size_limit = {limit_bytes - (64 << 10)}",
             ],
         )
@@ -1763,9 +1761,6 @@ class Device:
         return record | {"timestamp": format_time(self.state_timestamp)}
 
 
-Kept = TypeVar("Kept", "Device", "Command")
-
-
 def surplus(kept: Collection[Kept], max_count: int, max_bytes: int) -> Iterator[Kept]:
     """The first of some devices or commands, as many as are too many, or too large with the others."""
     count, size_bytes = len(kept), sum(each.size_bytes for each in kept)
@@ -2144,16 +2139,14 @@ class Events:
         finally:
             self._listeners.discard(listener)
 
-    async def follow(
-        self, listener: Listener, last_event_id: str | None = None, *, alive: bool = False
-    ) -> AsyncIterator[list[Event]]:
-        """What happens from now on, or after the event that the listener had last, some at a time, with a sign of life now and
+    async def follow(self, listener: Listener, after: str | None = None, *, alive: bool = False) -> AsyncIterator[list[Event]]:
+        """What happens from now on, or `after` the event with this id, some at a time, with a sign of life now and
         then: a comment, or with `alive` an event. Where there is a gap it begins with `reset`. Ends when the gateway stops, and
         where the listener was cut off.
         """
         known = {f"{self._run}-{number}": number for number in range(self._last - len(self._ring), self._last + 1)}
-        listener.seen = known.get(last_event_id or "", self._last)
-        reset = "" if last_event_id is None or last_event_id in known else "event: reset\ndata: {}\n"
+        listener.seen = known.get(after or "", self._last)
+        reset = "" if after is None or after in known else "event: reset\ndata: {}\n"
         retry_ms = random.randint(500, 2500)  # so that not all come back at once, with an id before any event
         yield [Event(f"retry: {retry_ms}\nid: {self._run}-{listener.seen}\n{reset}\n".encode())]
         interval_s, told_s = self.ALIVE_S if alive else self.SILENCE_S, time.monotonic()
@@ -2687,8 +2680,8 @@ class DeviceSocket:
 
     CLOSE_TIMEOUT_S = 2.0  # for the board's echo, which the boards in the field send at once
     UNREAD_LIMIT_BYTES = 16 << 10  # a board that leaves this much unread doesn't read
-    # Some 4 ms of work, one more for every 256 bytes, in so short a time; the boards in the field send 83 a second.
-    TURN_FRAMES, TURN_S = 250, 0.1
+    # Who says more in so short a time takes turns: some 4 ms of work, a frame more for every 256 bytes; real boards send 83.
+    TURN_FRAMES, TURN_S = 250, 1.0
 
     def __init__(self, gateway: Gateway, settings: Settings, request: web.Request) -> None:
         if request.transport is None:
@@ -3691,6 +3684,13 @@ class HttpConnection(web.RequestHandler):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1000))
         read_at_once(transport, READ_BYTES)
 
+    def data_received(self, data: bytes) -> None:
+        """What asyncio calls with what came."""
+        super().data_received(data)
+        for message, _ in self._messages:
+            if not isinstance(message, RawRequestMessage):  # it can't be parsed, and would live until a full collection
+                message.exc.__traceback__ = None
+
     def handle_error(self, request: web.BaseRequest, status: int = 500, exc: Any = None, message: Any = None) -> web.Response:
         """What aiohttp calls for what never reaches a route: requests that can't be parsed, and defects."""
         response = refuse(request, exc, self._gateway.refused)
@@ -3925,6 +3925,7 @@ class RestApi:
         )
         origins = filter(None, map(str.strip, settings.allowed_origins.split(",")))
         self._origins = {normal_origin(origin.rstrip("/")) for origin in origins}
+        self._turn = asyncio.Lock()
         self._access = {path: route.access for route in self.routes for path in route.paths()}
 
     def serve_in(self, app: web.Application) -> None:
@@ -3952,6 +3953,9 @@ class RestApi:
                 how = "send `Authorization: Bearer <token>`, or the token as a Basic password"
                 text = f"a token is required: {how}; the gateway has it from {variable_of(access)}"
                 raise GatewayError(Code.UNAUTHORIZED, text)
+            if request.method == "GET":  # one in a turn of the loop: a flood of questions holds up no command
+                async with self._turn:
+                    await asyncio.sleep(0)
             response = await handler(request)
         except (GatewayError, web.HTTPException, ConnectionError) as problem:
             response = refuse(request, problem, self._gateway.refused)
@@ -4091,8 +4095,7 @@ class RestApi:
 # Broker
 # ======================================================================================================================
 
-# A reading's word -> Home Assistant's device class, and its units: the first is meant where no suffix names another, so that
-# `water_temperature` is in °C and `temperature_f` in °F.
+# A reading's word -> Home Assistant's device class and units: the first one where no suffix (`temperature_f`) names another.
 QUANTITIES: Mapping[str, tuple[str, ...]] = {
     "temperature": ("temperature", "°C", "°F", "K"),
     "temp": ("temperature", "°C", "°F", "K"),
@@ -4104,8 +4107,7 @@ QUANTITIES: Mapping[str, tuple[str, ...]] = {
     "rssi": ("signal_strength", "dBm"),
     "distance": ("distance", "cm", "mm", "m"),
 }
-# A reading's kind -> its platform and template, where `v` is the value. One that is missing, or of another kind by now, changes
-# nothing and floods no log; a text then is unknown.
+# A reading's kind -> its platform and the template of its value `v`; what is missing or of another kind by now floods no log.
 KINDS: Mapping[str, tuple[str, str]] = {
     "number": ("sensor", "v if v is number and v is not boolean else ''"),
     "flag": ("binary_sensor", "'ON' if v is true else 'OFF' if v is false else ''"),
@@ -4543,9 +4545,7 @@ STORE = web.AppKey("store", Store)
 
 
 class LogLines(logging.Handler):
-    """Lines on their way to stderr, which a thread writes: one that stalls stops no robot, nor an exit. What libraries log
-    becomes events. `logging.shutdown` closes it.
-    """
+    """Lines on their way to stderr, written by a thread: a reader that stalls stops nothing. Libraries' lines become events."""
 
     MAX_LINES = 10_000
     CLOSE_TIMEOUT_S = 1.0
@@ -4874,9 +4874,7 @@ class SimulatedBoard:
         self._fleet, self._plan, self._number = fleet, fleet.plan, number
 
     async def live(self, stop: asyncio.Event) -> None:
-        """Connect, do what boards do, lose power, come back, until `stop` is set. A cut waits until all is there that was sent,
-        for CONFIRM_TIMEOUT_S at most.
-        """
+        """Connect, do what boards do, lose power, come back, until `stop` is set. A cut waits for what was sent to be there."""
         token, cuts_a_minute = self._plan.device_token, self._plan.reconnect_rate
         await asyncio.sleep(self._number * self.POWER_ON_STEP_S)
         while not stop.is_set():
@@ -5115,6 +5113,7 @@ def _gateway(words: Sequence[str]) -> Callable[[asyncio.Event], Coroutine[Any, A
     # an object, 80 ms with 1,000 boards, measured on a server. What was imported lives for ever: nothing to look through.
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], 50)
+    sys.setswitchinterval(0.001)  # the writer's thread waits so long for each of its turns beside a busy loop, not 5 ms
     return functools.partial(serve, settings)
 
 

@@ -6791,6 +6791,7 @@ async def test_connections_that_ended_leave_nothing_for_the_collector(database: 
                     b"GET /ws/a HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n",
                     b"GET /ws/a b HTTP/1.1\r\nHost: x\r\n",
                     b"GET /devices HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 5000 + b"\r\n",
+                    b"GET /" + b"x" * 200_000,
                     b"POST /command HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n{",
                 ):
                     reader, caller = await asyncio.open_connection("127.0.0.1", client.port)
