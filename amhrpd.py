@@ -2662,10 +2662,12 @@ class Gateway:
 FRAMES_READ_BYTES = 4 << 10  # at once: as tiny frames they take 130 KB
 
 
-def read_at_once(transport: asyncio.BaseTransport | None, size_bytes: int) -> None:
+def read_at_once(transport: Any, size_bytes: int) -> None:
     """Take so much of what waits on a connection at once; then the next one that sent something has its turn."""
-    with contextlib.suppress(AttributeError):  # TLS has a buffer of its own
-        transport.max_size = size_bytes  # type: ignore[union-attr]
+    if isinstance(transport, asyncio.sslproto._SSLProtocolTransport):  # which would read 256 KB ahead of a board that waits
+        transport.set_read_buffer_limits(2 * TlsConnection.max_size)
+    else:
+        transport.max_size = size_bytes
 
 
 def peer_of(request: web.BaseRequest) -> str:
@@ -3651,7 +3653,7 @@ def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Cou
 class HttpConnection(web.RequestHandler):
     """A caller's or a board's connection. How many there may be is bounded, and what each holds and for how long."""
 
-    MAX_OTHERS = 1000  # that are no registered board: with bodies half there, 130 MB
+    MAX_OTHERS = 1200  # that are no registered board: with bodies half there, 150 MB
     KEEPALIVE_TIMEOUT_S = 15.0  # also bounds who never sends a request; callers reconnect when they poll slower
     LINGERING_TIMEOUT_S = 2.0  # for the rest of a body that was refused, so that the caller gets to read why
 
@@ -4828,8 +4830,7 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
 
 URL_PATTERN = r"\Ahttps?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:([1-5]?[0-9]{1,4}|6[0-5][0-9]{3}))?/?\Z"
 Url = Annotated[str, text_like(URL_PATTERN, "http://host:port or https://host:port")]
-# What a question to the gateway can end with; a timeout is an OSError, an answer that is no JSON a ValueError.
-NO_ANSWER = (OSError, aiohttp.ClientError, LookupError, ValueError)
+NO_ANSWER = (OSError, aiohttp.ClientError, LookupError, ValueError)  # a timeout is an OSError, what is no JSON a ValueError
 
 
 class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):

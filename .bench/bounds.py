@@ -4,10 +4,10 @@
     .venv/bin/python .bench/bounds.py [--tls] [--seconds S] [ATTACK ...]
 
 Good boards report twice a second and acknowledge commands; a caller sends one of them `stop` ten times a second and waits for
-the answer. The attacker is a process of its own, of a lower priority; what the gateway ends comes again five seconds later. Each
+the answer. The attacker is a process of its own, of a lower priority; what ends comes again five seconds later. Each
 attack has a gateway of its own, and a line: the most memory that it took meanwhile, the median and the slowest stop, how many
-were not answered, and how many good boards lost their connection. Ends with 1 where a stop took over 0.5 s (1.5 s while the file
-is locked, for which it waits a second) or wasn't answered, a board was lost, or the gateway took over 320 MB, the unit's limit.
+were not answered, and how many good boards lost their connection. Ends with 1 where a stop took over 0.5 s (while the file is
+locked, which a command waits a second for, 1.5 s) or wasn't answered, a board was lost, or it took over the unit's 320 MB.
 """
 
 from __future__ import annotations
@@ -213,8 +213,9 @@ class Bench:
         self._context: ssl.SSLContext | None = None
         if has_tls:
             cert, key = folder / "cert.pem", folder / "key.pem"
-            make = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:{HOST}"
-            subprocess.run([*make.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+            make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -addext"
+            files = [f"subjectAltName=IP:{HOST}", "-keyout", str(key), "-out", str(cert)]
+            subprocess.run([*make.split(), *files], check=True, capture_output=True)
             environ |= {"AMHRPD_TLS_CERT": str(cert), "AMHRPD_TLS_KEY": str(key)}
             self._context = ssl.create_default_context(cafile=str(cert))
         self._arguments = [sys.executable, __file__, "--port", str(self._port), "--seconds", str(seconds)]
