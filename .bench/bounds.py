@@ -62,7 +62,7 @@ class Peer:
     @classmethod
     async def connect(cls, port: int, context: ssl.SSLContext | None, *, buffer_bytes: int = 0) -> Peer:
         """Connect; with a receive buffer of this size, where one is given."""
-        connection = socket.socket()
+        connection = socket.socket(proto=socket.IPPROTO_TCP)  # then asyncio has it wait for no acknowledgement
         if buffer_bytes:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         connection.setblocking(False)
