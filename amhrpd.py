@@ -3653,7 +3653,7 @@ def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Cou
 class HttpConnection(web.RequestHandler):
     """A caller's or a board's connection. How many there may be is bounded, and what each holds and for how long."""
 
-    MAX_OTHERS = 1200  # that are no registered board: with bodies half there, 150 MB
+    MAX_OTHERS = 800  # that are no board, or three times as many that haven't registered: with heads half there, 220 MB
     KEEPALIVE_TIMEOUT_S = 15.0  # also bounds who never sends a request; callers reconnect when they poll slower
     LINGERING_TIMEOUT_S = 2.0  # for the rest of a body that was refused, so that the caller gets to read why
 
@@ -3677,9 +3677,9 @@ class HttpConnection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """What asyncio calls first."""
-        count = len(self._server.connections)
+        count, boards, online = len(self._server.connections), len(self._gateway.connections), self._gateway.registry.online
         super().connection_made(transport)
-        if count >= self._limit or count - self._gateway.registry.online >= self.MAX_OTHERS:
+        if count >= self._limit or count - boards + (boards - online) / 3 >= self.MAX_OTHERS:
             log.warning("connections_refused", problem="too many connections")
             transport.close()
             return

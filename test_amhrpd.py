@@ -6037,13 +6037,13 @@ async def test_registered_boards_take_no_place_of_callers(database: Path, monkey
     async with gateway_on(database) as client, contextlib.AsyncExitStack() as boards:
         for number in range(20):
             await boards.enter_async_context(client.board(f"b{number}"))
-        unregistered = [await connect(client.port, f"c{number}") for number in range(4)]  # and the client's own connection
+        unregistered = [await connect(client.port, f"c{number}") for number in range(12)]  # and the client's own connection
         with pytest.raises((ConnectionError, EOFError, websockets.InvalidHandshake)):
-            await connect(client.port, "c4")
+            await connect(client.port, "c12")
         for board in unregistered:
             await board.close()
         await eventually(lambda: len(client.server.connections) == 21)
-        async with client.board("c4"):
+        async with client.board("c12"):
             pass
 
 
