@@ -4,10 +4,11 @@
     .venv/bin/python .bench/bounds.py [--tls] [--seconds S] [ATTACK ...]
 
 Good boards report twice a second and acknowledge commands; a caller sends one of them `stop` ten times a second and waits for
-the answer. The attacker is a process of its own, of a lower priority; what ends comes again five seconds later. Each
-attack has a gateway of its own, and a line: the most memory that it took meanwhile, the median and the slowest stop, how many
-were not answered, and how many good boards lost their connection. Ends with 1 where a stop took over 0.5 s (while the file is
-locked, which a command waits a second for, 1.5 s) or wasn't answered, a board was lost, or it took over the unit's 320 MB.
+the answer. The attacker is a process of its own, of a lower priority; it comes within a second, and what ends comes again five
+seconds later. Each attack has a gateway of its own, and a line: the most memory that it took meanwhile, the median and the
+slowest stop, how many were not answered, and how many good boards lost their connection. Ends with 1 where a stop took over
+0.5 s (1.5 s while the file is locked, which a command waits a second for), wasn't answered, a board was lost, or it took over
+the unit's 320 MB.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import base64
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -124,6 +126,7 @@ class Attacker:
         await asyncio.gather(*(self._again_and_again(works) for _ in range(count)))
 
     async def _again_and_again(self, work: Any) -> None:
+        await asyncio.sleep(random.random())
         while (left_s := self._end_s - time.monotonic()) > 0:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
                 async with asyncio.timeout(left_s):
