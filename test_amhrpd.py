@@ -6301,6 +6301,58 @@ async def test_all_devices_are_one_answer_that_is_made_as_it_is_taken(database: 
             assert response.headers["Access-Control-Allow-Origin"] == origin["Origin"]
 
 
+@in_a_loop
+async def test_boards_that_say_much_take_turns_also_where_the_loop_is_slow(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that a hundred of them keep busy hears each of them a few times a second only."""
+    waited: list[str] = []
+    wait_for_turn = amhrpd.Gateway.wait_for_turn
+
+    async def wait(self: amhrpd.Gateway) -> None:
+        waited.append("")
+        await wait_for_turn(self)
+
+    monkeypatch.setattr(amhrpd.Gateway, "wait_for_turn", wait)
+    monkeypatch.setattr(amhrpd.DeviceSocket, "TURN_FRAMES", 20)
+    async with gateway_on(database) as client, client.board("busy") as busy, client.board("calm") as calm:
+        for number in range(5):
+            for _ in range(5):
+                await say(busy, "status", payload={"n": number})
+            await say(calm, "status", payload={"n": number})
+            await asyncio.sleep(0.12)  # a turn of such a loop
+        await eventually(lambda: state_is(client, "calm", {"n": 4}))
+    assert waited == [""]
+
+
+@in_a_loop
+async def test_questions_are_answered_one_a_turn_of_the_loop(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a flood of them leaves room for a stop between any two."""
+    turn = 0
+    turns: list[int] = []
+    matching = amhrpd.Registry.matching
+
+    def note_turn(*args: Any, **kwargs: Any) -> Any:
+        turns.append(turn)
+        return matching(*args, **kwargs)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async with gateway_on(database) as client, background(count_turns()):
+        monkeypatch.setattr(amhrpd.Registry, "matching", note_turn)
+        callers = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(20)]
+        for _, writer in callers:
+            writer.write(b"GET /devices HTTP/1.1\r\nHost: x\r\n\r\n")
+        for reader, writer in callers:
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+            writer.close()
+        assert len(set(turns)) == len(turns) == 20
+
+
 @pytest.mark.parametrize(
     ("count", "frame"),
     [
