@@ -92,7 +92,6 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger("amhrpd")
 
 
 AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
-Kept = TypeVar("Kept", "Device", "Command")
 
 
 class ConfigError(Exception):
@@ -1490,8 +1489,8 @@ class Store:
 
     async def open(self, on_loaded: Callable[[Loaded], None], on_progress: Callable[[str], None], stop: asyncio.Event) -> None:
         """Open or create the file, and look after it from then on. `on_loaded` is told what it has, `on_progress` again and
-        again what takes long. Raises StartError where it can't be used. A disk that is full, read-only or stalled is waited for
-        while the gateway serves.
+        again what takes long, which a `stop` ends. Raises StartError where it can't be used. A disk that is full, read-only or
+        stalled is waited for while the gateway serves.
         """
         self._tasks["write"] = asyncio.create_task(self._writer.write_forever(on_loaded, on_progress))
         self._tasks["sync"] = asyncio.create_task(self._writer.sync_forever())
@@ -1761,7 +1760,7 @@ class Device:
         return record | {"timestamp": format_time(self.state_timestamp)}
 
 
-def surplus(kept: Collection[Kept], max_count: int, max_bytes: int) -> Iterator[Kept]:
+def surplus(kept: Collection[Any], max_count: int, max_bytes: int) -> Iterator[Any]:
     """The first of some devices or commands, as many as are too many, or too large with the others."""
     count, size_bytes = len(kept), sum(each.size_bytes for each in kept)
     for each in list(kept):
@@ -2140,9 +2139,9 @@ class Events:
             self._listeners.discard(listener)
 
     async def follow(self, listener: Listener, after: str | None = None, *, alive: bool = False) -> AsyncIterator[list[Event]]:
-        """What happens from now on, or `after` the event with this id, some at a time, with a sign of life now and
-        then: a comment, or with `alive` an event. Where there is a gap it begins with `reset`. Ends when the gateway stops, and
-        where the listener was cut off.
+        """What happens from now on, or `after` the event with this id, some at a time, with a sign of life now and then: a
+        comment, or with `alive` an event. Where there is a gap it begins with `reset`. Ends when the gateway stops, and where
+        the listener was cut off.
         """
         known = {f"{self._run}-{number}": number for number in range(self._last - len(self._ring), self._last + 1)}
         listener.seen = known.get(after or "", self._last)
@@ -2665,7 +2664,7 @@ FRAMES_READ_BYTES = 4 << 10  # at once: as tiny frames they take 130 KB
 def read_at_once(transport: Any, size_bytes: int) -> None:
     """Take so much of what waits on a connection at once; then the next one that sent something has its turn."""
     if isinstance(transport, asyncio.sslproto._SSLProtocolTransport):  # which would read 256 KB ahead of a board that waits
-        transport.set_read_buffer_limits(2 * TlsConnection.max_size)
+        transport.set_read_buffer_limits(32 << 10)  # two records: with less than one it could wait for its end for ever
     else:
         transport.max_size = size_bytes
 
@@ -3653,7 +3652,7 @@ def refuse(request: web.BaseRequest, problem: BaseException | None, refused: Cou
 class HttpConnection(web.RequestHandler):
     """A caller's or a board's connection. How many there may be is bounded, and what each holds and for how long."""
 
-    MAX_OTHERS = 800  # that are no board, or three times as many that haven't registered: with heads half there, 220 MB
+    MAX_OTHERS = 800  # that are no board, or three times as many that haven't registered: with heads half there, 250 MB
     KEEPALIVE_TIMEOUT_S = 15.0  # also bounds who never sends a request; callers reconnect when they poll slower
     LINGERING_TIMEOUT_S = 2.0  # for the rest of a body that was refused, so that the caller gets to read why
 

@@ -31,13 +31,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 GOOD_BOARDS = 200
+START_TIMEOUT_S = 30
 LIMIT_MB = 320  # MemoryMax in amhrpd.service
 TEXT, PING, PONG = 1, 9, 10
 
@@ -113,24 +114,15 @@ class Attacker:
 
     async def attack(self, name: str) -> None:
         """Do it, to its end."""
-        works, count = {
-            "heads": (self.head, 300),
-            "lines": (self.line, 600),
-            "bodies": (self.body, 200),
-            "messages": (self.half_message, 1000),
-            "readers": (self.unread, 100),
-            "floods": (self.flood, 100),
-            "listeners": (self.listen, 64),
-            "locked": (self.large_states, 270),
-        }[name]
-        await asyncio.gather(*(self._again_and_again(works) for _ in range(count)))
+        work, count = ATTACKS[name]
+        await asyncio.gather(*(self._again_and_again(work) for _ in range(count)))
 
-    async def _again_and_again(self, work: Any) -> None:
+    async def _again_and_again(self, work: Callable[[Attacker], Coroutine[Any, Any, None]]) -> None:
         await asyncio.sleep(random.random())
         while (left_s := self._end_s - time.monotonic()) > 0:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
                 async with asyncio.timeout(left_s):
-                    await work()
+                    await work(self)
             await asyncio.sleep(5)
 
     async def _send(self, peer: Peer, *pieces: bytes) -> None:
@@ -199,7 +191,16 @@ class Attacker:
             await asyncio.sleep(0.1)
 
 
-ATTACKS = ("heads", "lines", "bodies", "messages", "readers", "floods", "listeners", "locked")
+ATTACKS = {
+    "heads": (Attacker.head, 300),
+    "lines": (Attacker.line, 600),
+    "bodies": (Attacker.body, 200),
+    "messages": (Attacker.half_message, 1000),
+    "readers": (Attacker.unread, 100),
+    "floods": (Attacker.flood, 100),
+    "listeners": (Attacker.listen, 64),
+    "locked": (Attacker.large_states, 270),
+}
 
 # -- the good ones -----------------------------------------------------------------------------------------------------
 
@@ -227,6 +228,13 @@ class Bench:
         command = [sys.executable, str(HERE.parent / "amhrpd.py")]
         self._gateway = subprocess.Popen(command, env=os.environ | environ, stdout=quiet, stderr=quiet)
         self._lost = 0
+
+    async def _is_up(self) -> bool:
+        try:
+            (await Peer.connect(self._port, self._context)).writer.close()
+        except OSError:
+            return False
+        return True
 
     async def board(self, number: int) -> None:
         """A good board: it counts as lost when its connection ends."""
@@ -292,11 +300,9 @@ class Bench:
     async def run(self, name: str) -> bool:
         """The whole of an attack. Whether the bounds hold."""
         try:
-            while True:
-                with contextlib.suppress(OSError):
-                    (await Peer.connect(self._port, self._context)).writer.close()
-                    break
-                await asyncio.sleep(0.1)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not await self._is_up():
+                    await asyncio.sleep(0.1)
             boards: list[asyncio.Task[None]] = []
             for number in range(GOOD_BOARDS):
                 boards.append(asyncio.create_task(self.board(number)))
